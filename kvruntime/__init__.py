@@ -1,0 +1,48 @@
+"""A memory-managed, paged KV cache for next-scale (VAR) image models.
+
+import kvruntime
+with kvruntime.attach(model, policy="scalekv", budget=0.10) as cache:
+    pictures = model.autoregressive_infer_cfg(B=8, label_B=207)
+print(cache.stats)
+"""
+
+from pathlib import Path as _Path
+
+import allocator as _allocator
+import policies as _policies
+
+for _package in (_allocator, _policies):
+    _found = _Path(_package.__file__ or "").resolve().parent
+    if _found.parent != _Path(__file__).resolve().parent.parent:
+        raise ImportError(
+            f"kvruntime needs its own package {_package.__name__!r} but Python found {_found}: "
+            "rename yours or change the order of sys.path"
+        )
+
+from kvruntime.adapters import attach
+from kvruntime.cache import PagedKVCache
+from kvruntime.errors import (
+    BackendUnavailable,
+    KVRuntimeError,
+    OutOfPages,
+    PageStateError,
+    ScheduleError,
+    UnsupportedModel,
+    WillNeverFit,
+)
+from kvruntime.plan import plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "KVRuntimeError",
+    "OutOfPages",
+    "PageStateError",
+    "PagedKVCache",
+    "ScheduleError",
+    "UnsupportedModel",
+    "WillNeverFit",
+    "attach",
+    "plan",
+]

@@ -1,0 +1,121 @@
+"""One observing pass over an attached model: the profile that the policies take their roles
+from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvruntime.adapters import attach, view
+from policies import Profile, ScaleSchedule
+
+_BLOCK_NUMBERS = 2**24  # most attention weights held at a time: 64 MiB in float32
+
+
+def calibrate(
+    model: nn.Module,
+    draw: Callable[[], object],
+    pictures: int,
+    name: str,
+    top_share: float = 0.1,
+) -> Profile:
+    """Run ``draw()`` on the model's uncompressed cache and measure every scale and layer.
+
+    draw: calls the model's own sampler once or more; all rows of all calls are averaged over.
+    pictures: how many
+    it draws, for the record. top_share: K' of ScaleKV's index as a share of the history (K' is not
+    published). Costs about one more attention pass; holds at most 2^24 attention weights at a time.
+    """
+    if not 0.0 < top_share <= 1.0:
+        raise ValueError(f"top_share must be in (0, 1], got {top_share}")
+    seen = view(model)
+    statistics = _Statistics(seen.schedule, len(seen.attentions), seen.softmax_scale, top_share)
+    with attach(model, "full", 1.0, observer=statistics):
+        draw()
+    return statistics.profile(name, pictures)
+
+
+class _Statistics:
+    """Sums over observed steps, [scales][layers]."""
+
+    def __init__(
+        self, schedule: ScaleSchedule, layers: int, softmax_scale: float, top_share: float
+    ) -> None:
+        self._schedule = schedule
+        self._softmax_scale = softmax_scale
+        self._top_share = top_share
+        shape = (len(schedule), layers)
+        self._steps = torch.zeros(shape, dtype=torch.float64)
+        self._selectivity = torch.zeros(shape, dtype=torch.float64)
+        self._similarity = torch.zeros(shape, dtype=torch.float64)
+        self._cached_mass = torch.zeros(shape, dtype=torch.float64)
+        self._last_keys: dict[int, Tensor] = {}
+
+    def __call__(self, scale: int, layer: int, q: Tensor, keys: Tensor) -> None:
+        fresh = keys[:, :, -q.shape[1] :].float()
+        self._steps[scale, layer] += 1
+        if scale:
+            index, mass = self._attention(q, keys)
+            self._selectivity[scale, layer] += index
+            self._cached_mass[scale, layer] += mass
+            self._similarity[scale, layer] += self._key_similarity(
+                scale, self._last_keys[layer], fresh
+            )
+        self._last_keys[layer] = fresh.clone()
+
+    def _attention(self, q: Tensor, keys: Tensor) -> tuple[float, float]:
+        """ASI and the mass on cached tokens, over all rows, heads and queries of the scale.
+
+        ASI = E[mass on the current map] x E[mass of the K' best cached tokens] / E[mass on cached
+        tokens]. The paper's eq. 2 has no quotient; without it a layer that never looks back scores
+        like a drafter.
+        """
+        rows, fresh, heads, _ = q.shape
+        cached = keys.shape[2] - fresh
+        best = max(1, math.ceil(self._top_share * cached))
+        block = max(1, _BLOCK_NUMBERS // (rows * heads * keys.shape[2]))
+        turned = keys.transpose(2, 3)
+        history = top = 0.0
+        for start in range(0, fresh, block):
+            part = q[:, start : start + block].transpose(1, 2) * self._softmax_scale
+            weights = (part @ turned).softmax(dim=-1, dtype=torch.float32)[..., :cached]
+            history += float(weights.sum())
+            top += float(weights.topk(best, dim=-1, sorted=False).values.sum())
+        mass = history / (rows * fresh * heads)
+        return (1.0 - mass) * top / max(history, 1e-12), mass
+
+    def _key_similarity(self, scale: int, last: Tensor, fresh: Tensor) -> float:
+        """Minus the mean distance of this scale's keys from the last scale's, resized (AMS-KV
+        section 2.1).
+
+        Linear interpolation, mean over rows, heads and tokens: neither is published.
+        """
+        rows, heads, _, dim = last.shape
+        sizes = self._schedule.sizes[scale - 1], self._schedule.sizes[scale]
+        grid = last.transpose(2, 3).reshape(rows, heads * dim, *sizes[0])
+        mode = "bilinear" if len(sizes[1]) == 2 else "trilinear"
+        resized = F.interpolate(grid, sizes[1], mode=mode, align_corners=False)
+        resized = resized.reshape(rows, heads, dim, -1).transpose(2, 3)
+        return -float((resized - fresh).norm(dim=-1).mean())
+
+    def profile(self, name: str, pictures: int) -> Profile:
+        if not self._steps.all():
+            raise ValueError("draw() did not run every scale and layer of the model's sampler")
+
+        def table(sums: Tensor) -> tuple[tuple[float, ...], ...]:
+            return tuple(tuple(round(x, 6) for x in line) for line in (sums / self._steps).tolist())
+
+        return Profile(
+            version=1,
+            model=name,
+            sizes=self._schedule.sizes,
+            pictures=pictures,
+            selectivity=table(self._selectivity),
+            similarity=table(self._similarity),
+            cached_mass=table(self._cached_mass),
+        )

@@ -1,0 +1,30 @@
+"""How far two sets of pictures, or two models' predictions, are apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+
+def psnr_db(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture [pictures], dB; infinite for equal ones. Values in
+    [0, 1].
+    """
+    return torch.stack(
+        [
+            peak_signal_noise_ratio(ours, theirs, data_range=1.0)
+            for ours, theirs in zip(pictures, reference, strict=True)
+        ]
+    )
+
+
+def kl_nats(logs: list[Tensor], reference: list[Tensor]) -> float:
+    """Mean over all tokens of KL(reference || ours), from log-probabilities per scale [..., tokens,
+    codes].
+    """
+    total = sum(
+        float((theirs.exp() * (theirs - ours)).sum())
+        for ours, theirs in zip(logs, reference, strict=True)
+    )
+    return total / sum(part[..., 0].numel() for part in reference)

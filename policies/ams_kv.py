@@ -1,0 +1,92 @@
+"""AMS-KV (arXiv 2511.16047): keep whole scales, the coarsest and the newest; more of them in some
+layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from policies.base import Step, uniform
+from policies.profile import Profile
+from policies.schedule import CacheGeometry, Lengths, ScaleSchedule
+
+
+@dataclass(frozen=True, slots=True)
+class AMSKV:
+    """Pinned condensed scales plus the newest whole scales that fit, first in first out, alike in
+    all heads.
+
+    demanding: cache-demanding layers; they hold up to C_max tokens, the others up to C_min =
+    ``min_share`` x budget, so that the layers' mean meets the budget. None: every layer gets the
+    budget. A scale larger than its layer's capacity is not cached. Nothing is dropped while the
+    history fits.
+    """
+
+    demanding: frozenset[int] = frozenset()
+    min_share: float = 0.5
+    condensed: int = 2
+    name: str = "ams_kv"
+    num_queries: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_share <= 1.0:
+            raise ValueError(f"min_share must be in (0, 1], got {self.min_share}")
+        if self.condensed <= 0:
+            raise ValueError(f"condensed must be positive, got {self.condensed}")
+
+    def capacities(self, layers: int, budget: int) -> NDArray[np.int64]:
+        """Most tokens each layer holds, [layers]; their mean is at most ``budget``."""
+        if any(layer >= layers for layer in self.demanding):
+            raise ValueError(f"a demanding layer is not one of the {layers} layers of this model")
+        count = len(self.demanding)
+        if count in (0, layers):
+            return np.full(layers, budget, dtype=np.int64)
+        least = int(self.min_share * budget)
+        capacities = np.full(layers, least, dtype=np.int64)
+        capacities[list(self.demanding)] = (budget * layers - least * (layers - count)) // count
+        return capacities
+
+    def lengths(self, schedule: ScaleSchedule, geometry: CacheGeometry, budget: int) -> Lengths:
+        capacities = self.capacities(geometry.layers, budget)
+        pinned = sum(schedule.tokens[: self.condensed])
+        if len(schedule) > self.condensed and capacities.min() < pinned:
+            raise ValueError(
+                f"budget {budget} gives a layer {capacities.min()} tokens, the first "
+                f"{self.condensed} scales need {pinned}"
+            )
+        held: list[list[int]] = [[] for _ in capacities]  # tokens of the scales a layer holds
+        tokens = np.zeros((len(schedule), geometry.layers), dtype=np.int64)
+        for scale, (fresh, seen) in enumerate(zip(schedule.tokens, schedule.seen, strict=True)):
+            for layer, capacity in enumerate(capacities.tolist()):
+                mine = held[layer]
+                if scale < self.condensed or seen <= budget or fresh <= capacity - pinned:
+                    mine.append(fresh)
+                while seen > budget and sum(mine) > capacity and len(mine) > self.condensed:
+                    del mine[self.condensed]
+                tokens[scale, layer] = sum(mine)
+        return uniform(schedule, geometry, tokens)
+
+    def select(self, step: Step) -> NDArray[np.int64]:
+        start, _ = step.schedule.span(step.scale)
+        pinned = sum(step.schedule.tokens[: self.condensed])
+        is_pinned = step.tokens < pinned
+        newest = step.tokens.copy()
+        if int(step.keep[0]) - int(is_pinned.sum()) < step.schedule.tokens[step.scale]:
+            if start >= pinned:
+                newest[newest >= start] = -1  # this scale is too large for the layer
+        newest[is_pinned] = step.schedule.total
+        return np.sort(np.argsort(-newest, kind="stable")[: int(step.keep[0])])
+
+
+def ams_kv_from(profile: Profile | None, share: float = 0.25, min_share: float = 0.5) -> AMSKV:
+    """The ``share`` of layers whose keys change most from scale to scale demand cache (section
+    2.1).
+    """
+    if profile is None:
+        return AMSKV()
+    similarity = np.array(profile.similarity)[1:].mean(axis=0)
+    count = max(1, round(share * similarity.size))
+    return AMSKV(frozenset(np.argsort(similarity, kind="stable")[:count].tolist()), min_share)

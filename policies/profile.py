@@ -1,0 +1,124 @@
+"""Data files of the policies: profiles that calibration measured, and published presets. All
+validated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from policies.schedule import ScaleSchedule
+
+MAX_FILE_BYTES = 16 * 2**20
+
+
+class _DataFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1]
+    model: str
+    sizes: tuple[tuple[PositiveInt, ...], ...]  # the schedule it was made for
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return ScaleSchedule(self.sizes)
+
+
+class Profile(_DataFile):
+    """Statistics per scale and layer, [scales][layers].
+
+    selectivity: ScaleKV's Attention Selectivity Index; 0 at scale 0, which has no history.
+    similarity: AMS-KV's inter-scale key similarity, a negative distance; 0 at scale 0.
+    cached_mass: attention that goes to cached tokens, in [0, 1]; 0 at scale 0.
+    """
+
+    kind: Literal["profile"] = "profile"
+    pictures: PositiveInt
+    selectivity: tuple[tuple[FiniteFloat, ...], ...]
+    similarity: tuple[tuple[FiniteFloat, ...], ...]
+    cached_mass: tuple[tuple[FiniteFloat, ...], ...]
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Profile:
+        _ = self.schedule  # raises ValueError for sizes that are no schedule
+        layers = len(self.selectivity[0]) if self.selectivity else 0
+        for name in ("selectivity", "similarity", "cached_mass"):
+            table = getattr(self, name)
+            if len(table) != len(self.sizes) or any(len(line) != layers for line in table):
+                raise ValueError(f"{name} must be {len(self.sizes)} scales of {layers} layers")
+        if layers == 0:
+            raise ValueError("a profile needs at least one layer")
+        return self
+
+    @property
+    def layers(self) -> int:
+        return len(self.selectivity[0])
+
+    def save(self, path: Path | str) -> None:
+        Path(path).write_text(self.model_dump_json(indent=1) + "\n")
+
+
+class Preset(_DataFile):
+    """Published ScaleKV roles and budgets; index n is what the cache holds when scale n reads it.
+
+    drafters: layers that are drafters, for each scale of ``sizes`` from ``first_scale`` on.
+    budgets: (drafter, refiner) tokens for the same scales, at a mean of ``budget_tokens``.
+    """
+
+    kind: Literal["scalekv-preset"] = "scalekv-preset"
+    source: str
+    layers: PositiveInt
+    first_scale: PositiveInt
+    budget_tokens: PositiveInt
+    drafters: tuple[tuple[int, ...], ...]
+    budgets: tuple[tuple[PositiveInt, PositiveInt], ...]
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Preset:
+        count = len(self.sizes) - self.first_scale
+        if len(self.drafters) != count or len(self.budgets) != count:
+            raise ValueError(f"drafters and budgets must name {count} scales")
+        for layers, (drafter, refiner) in zip(self.drafters, self.budgets, strict=True):
+            if any(not 0 <= layer < self.layers for layer in layers):
+                raise ValueError(f"drafters {layers} are not all in 0..{self.layers - 1}")
+            total = len(set(layers)) * drafter + (self.layers - len(set(layers))) * refiner
+            if total != self.budget_tokens * self.layers:
+                raise ValueError(f"budgets {drafter}/{refiner} do not average {self.budget_tokens}")
+        return self
+
+
+_File = TypeVar("_File", bound=_DataFile)
+
+
+def load_profile(path: Path | str) -> Profile:
+    """Read and validate a profile. Raises ValueError that names the file and what is wrong with
+    it.
+    """
+    return _load(Path(path), Profile)
+
+
+def load_preset(model: str) -> Preset | None:
+    """The published ScaleKV preset of a catalogue model, or None if there is none."""
+    path = Path(__file__).parent / "presets" / f"scalekv-{model}.json"
+    return _load(path, Preset) if path.exists() else None
+
+
+def _load(path: Path, kind: type[_File]) -> _File:
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: {size} bytes, at most {MAX_FILE_BYTES} are read")
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "file"
+        raise ValueError(f"{path}: {place}: {first['msg']}") from None

@@ -1,0 +1,108 @@
+"""The problem as a policy sees it: how many tokens each scale has, and what a token costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleSchedule:
+    """The scales of a generation, coarse to fine: (h, w), or (t, h, w) for video, each in tokens.
+
+    Tokens are numbered through the whole generation, scale by scale, row by row.
+    """
+
+    sizes: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.sizes:
+            raise ValueError("a schedule needs at least one scale")
+        for size in self.sizes:
+            if len(size) not in (2, 3) or any(not isinstance(n, int) or n <= 0 for n in size):
+                raise ValueError(f"a scale is 2 or 3 positive integers, got {size}")
+
+    @classmethod
+    def of(cls, sizes: Iterable[int | tuple[int, ...]]) -> ScaleSchedule:
+        """From sides of square scales, (h, w) pairs or (t, h, w) triples, or a mixture."""
+        return cls(tuple((n, n) if isinstance(n, int) else tuple(n) for n in sizes))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens of each scale."""
+        return tuple(math.prod(size) for size in self.sizes)
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """Tokens up to and including each scale."""
+        return tuple(accumulate(self.tokens))
+
+    @property
+    def total(self) -> int:
+        return self.seen[-1]
+
+    @property
+    def history(self) -> int:
+        """Tokens before the last scale: all that a later scale ever reads."""
+        return self.total - self.tokens[-1]
+
+    def span(self, scale: int) -> tuple[int, int]:
+        """First token of ``scale`` and the first one after it."""
+        end = self.seen[scale]
+        return end - self.tokens[scale], end
+
+    def resolve(self, budget: float) -> int:
+        """A budget in tokens: a float is a fraction of the history in (0, 1], an int a token count.
+
+        Rounds down. Raises ValueError for NaN, for anything out of range, and where nothing would
+        be left.
+        """
+        if isinstance(budget, bool) or not isinstance(budget, int | float):
+            raise ValueError(f"budget must be a number, got {budget!r}")
+        if isinstance(budget, int):
+            if budget <= 0:
+                raise ValueError(f"a budget in tokens must be positive, got {budget}")
+            return budget
+        if not 0.0 < budget <= 1.0:
+            raise ValueError(f"a budget that is a fraction must be in (0, 1], got {budget}")
+        tokens = int(budget * self.history + 1e-9)
+        if tokens == 0 and self.history:
+            raise ValueError(f"budget {budget} of {self.history} tokens of history keeps none")
+        return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGeometry:
+    """Shape and number formats of a model's K and V. ``heads`` are key-value heads."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    key_dtype: str = "bfloat16"
+    value_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "head_dim"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for dtype in (self.key_dtype, self.value_dtype):
+            if dtype not in DTYPE_BYTES:
+                raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one lane, K and V."""
+        return self.head_dim * (DTYPE_BYTES[self.key_dtype] + DTYPE_BYTES[self.value_dtype])
+
+
+Lengths = NDArray[np.int64]
