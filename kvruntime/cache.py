@@ -85,7 +85,7 @@ class PagedKVCache:
         if memory is not None and memory <= 0:
             raise ValueError(f"memory must be positive, got {memory}")
         self._policy = choose_policy(policy, profile, geometry.layers)
-        self._profile_note = "none" if profile is None else "given"
+        self._profile_note = "none: all layers alike" if profile is None else "given"
         # one row is planned now, so that a budget that cannot work is refused before anything is
         # drawn
         self._row_plan = plan_generation(
@@ -185,9 +185,9 @@ class PagedKVCache:
         """End the generation and give back every page; the pool stays for the next one. Twice is
         allowed.
         """
-        if self._run is not None:
-            self._run.close()
-            self._run = None
+        run, self._run = self._run, None
+        if run is not None:
+            run.close()
 
     def __enter__(self) -> PagedKVCache:
         return self

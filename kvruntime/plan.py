@@ -24,6 +24,7 @@ from policies import (
 )
 
 WORKSPACE_LIMIT = 256 * 2**20  # bytes; one row may exceed it, more rows may not
+MAX_ROWS = 2**20  # no search goes beyond; a schedule of one scale caches nothing
 _ID_BYTES = 8  # torch indexes with int64
 
 
@@ -115,18 +116,16 @@ class Plan:
         }
 
     def max_rows(self, memory: int, reserved: int = 0) -> int:
-        """The most rows whose pool and workspace fit in ``memory`` bytes less ``reserved``; 0 if
-        none do.
+        """The most rows whose pool and workspace fit in ``memory`` bytes less ``reserved``, up to
+        MAX_ROWS; 0 if none do.
         """
-        room = memory - reserved
-        fits = 0
-        step = 1
-        while replace(self, rows=fits + step).total_bytes <= room:
-            fits, step = fits + step, 2 * step
-        while step:
-            if replace(self, rows=fits + step).total_bytes <= room:
-                fits += step
-            step //= 2
+        fits, too_many = 0, MAX_ROWS + 1
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if replace(self, rows=middle).total_bytes <= memory - reserved:
+                fits = middle
+            else:
+                too_many = middle
         return fits
 
     def require(self, memory: int, reserved: int = 0) -> None:

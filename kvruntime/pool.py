@@ -41,7 +41,7 @@ class Pool:
         ids = torch.from_numpy(table.pages.astype(np.int64)).to(self.keys.device)
         count, size = ids.shape[2], self.page_size
         for pages, into in ((self.keys, keys), (self.values, values)):
-            places = into[:, :, : count * size].view(*ids.shape, -1)
+            places = into[:, :, : count * size].view(*ids.shape, size * into.shape[3])
             torch.ops.aten.index.Tensor_out(pages.flatten(1), [ids], out=places)
 
     def write(

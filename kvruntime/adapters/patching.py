@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ class Attachment:
 
     @property
     def stats(self) -> Stats:
-        return self._cache.stats
+        return replace(self._cache.stats, profile=self._profile_note)
 
     def plan(self, pictures: int, rows_per_picture: int = 2) -> Plan:
         """What a generation of so many pictures will need."""

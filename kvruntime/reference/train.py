@@ -132,6 +132,7 @@ def train_transformer(
     forward = torch.compile(model) if compile_model else model
     bar = progress.add_task("transformer", total=steps, completed=len(losses))
     began = time.monotonic()
+    torch.manual_seed(len(losses))  # a resumed run draws other pictures than the first
     for step in range(len(losses), steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)

@@ -1,0 +1,192 @@
+"""attach(): P1 on a whole model, P6 no leak, P10 undo, and what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+import kvruntime
+from kvruntime import UnsupportedModel, WillNeverFit
+from kvruntime.catalogue import VAR_256
+from kvruntime.reference.transformer import EmojiVAR
+from policies import POLICY_NAMES
+from tests.support import profile_of
+
+LABELS = torch.tensor([0, 2])
+
+
+def every_attribute(model):
+    """All instance attributes of all modules, by identity."""
+    return {
+        (name, key): id(value)
+        for name, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if not isinstance(value, dict | bool)
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_draws_the_same_pictures(tiny_model, dtype):
+    model = tiny_model.to(dtype)
+    own = model.generate(LABELS, seed=3)
+    with kvruntime.attach(model, "full", 1.0) as attached:
+        ours = model.generate(LABELS, seed=3)
+    assert torch.equal(ours, own)
+    stats = attached.stats
+    assert stats.planned_pages == stats.peak_pages > 0 and stats.live_pages == 0
+
+
+def test_negative_control_a_wrong_cache_changes_the_picture(tiny_model, monkeypatch):
+    own = tiny_model.generate(LABELS, seed=3)
+    write = kvruntime.cache.Pool.write
+    monkeypatch.setattr(
+        kvruntime.cache.Pool, "write", lambda self, t, p, k, v: write(self, t, p, k, -v)
+    )
+    with kvruntime.attach(tiny_model, "full", 1.0):
+        assert not torch.equal(tiny_model.generate(LABELS, seed=3), own)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_every_policy_twice_in_a_row_and_undone(tiny_model, policy):
+    own = tiny_model.generate(LABELS, seed=1)
+    before = every_attribute(tiny_model)
+    with kvruntime.attach(tiny_model, policy, 0.10) as attached:
+        assert every_attribute(tiny_model) != before
+        first = tiny_model.generate(LABELS, seed=1)
+        assert attached.stats.live_pages == 0
+        assert torch.equal(tiny_model.generate(LABELS, seed=1), first)
+        tiny_model.generate(LABELS[:1], seed=1)
+        assert attached.stats.rows == 2
+    assert every_attribute(tiny_model) == before
+    with kvruntime.attach(tiny_model, policy, 0.10):
+        assert torch.equal(tiny_model.generate(LABELS, seed=1), first)
+    assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+    assert all(block.attention.cached_k is None for block in tiny_model.blocks)
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("place", ["feed_forward", "qkv", "head"])
+@pytest.mark.parametrize("after", [0, 7])
+def test_a_generation_that_raises_leaks_nothing(tiny_model, place, after):
+    block = tiny_model.blocks[1]
+    module = {
+        "feed_forward": block.feed_forward,
+        "qkv": block.attention.qkv,
+        "head": tiny_model.head,
+    }[place]
+    before = every_attribute(tiny_model)
+    own = tiny_model.generate(LABELS, seed=1)
+    calls = 0
+
+    def fail(*_):
+        nonlocal calls
+        calls += 1
+        if calls == after + 1:
+            raise Broken
+
+    with kvruntime.attach(tiny_model, "full", 1.0) as attached:
+        hook = module.register_forward_hook(fail)
+        with pytest.raises(Broken):
+            tiny_model.generate(LABELS, seed=1)
+        assert attached.stats.live_pages == 0
+        assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+        hook.remove()
+        calls = 0
+        hook = module.register_forward_hook(fail)
+        with pytest.raises(Broken):
+            tiny_model.generate(LABELS, seed=1)
+    hook.remove()
+    assert attached.stats.live_pages == 0
+    assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+    after_all = every_attribute(tiny_model)
+    assert {key for key in before} == {key for key in after_all}
+
+
+def test_a_generation_abandoned_by_a_hand_written_sampler_is_closed_by_the_next(tiny_model):
+    """Somebody's own loop calls the blocks and dies; nobody tells us but the next start."""
+    with kvruntime.attach(tiny_model, "full", 1.0) as attached:
+        attention = tiny_model.blocks[0].attention
+        for block in tiny_model.blocks:
+            block.attention.use_cache(True)
+        attention(torch.randn(2, 1, 32))
+        assert attached.stats.live_pages > 0
+        attention.use_cache(True)
+        assert attached.stats.live_pages == 0
+
+
+def test_training_goes_the_models_own_way(tiny_model):
+    inputs = torch.randn(2, 679, 16)
+    wanted = tiny_model(LABELS, inputs)
+    with kvruntime.attach(tiny_model, "scalekv", 0.10):
+        assert torch.equal(tiny_model(LABELS, inputs), wanted)
+
+
+def test_a_patch_of_the_users_own_comes_back(tiny_model):
+    attention = tiny_model.blocks[0].attention
+    mine = attention.forward
+    attention.forward = mine
+    with kvruntime.attach(tiny_model, "full", 1.0):
+        assert attention.forward is not mine
+    assert attention.__dict__["forward"] is mine
+
+
+def test_memory_is_refused_before_anything_is_drawn(tiny_model):
+    with kvruntime.attach(tiny_model, "full", 1.0, memory=1000) as attached:
+        with pytest.raises(WillNeverFit, match="1000 allowed"):
+            tiny_model.generate(LABELS)
+        assert attached.stats.live_pages == 0
+    tiny_model.generate(LABELS)
+
+
+@pytest.mark.parametrize("budget", [0.0, -1, float("nan"), 3, 1.5])
+def test_bad_budgets_leave_the_model_alone(tiny_model, budget):
+    before = every_attribute(tiny_model)
+    with pytest.raises(ValueError, match="budget"):
+        with kvruntime.attach(tiny_model, "scalekv", budget):
+            pass
+    assert every_attribute(tiny_model) == before
+
+
+def test_profiles_are_used_and_must_fit(tiny_model, tmp_path):
+    profile = profile_of(VAR_256, 2)
+    profile.save(tmp_path / "profile.json")
+    for given in (profile, tmp_path / "profile.json", str(tmp_path / "profile.json")):
+        with kvruntime.attach(tiny_model, "scalekv", 0.10, profile=given) as attached:
+            tiny_model.generate(LABELS)
+        assert attached.stats.profile == "given"
+        assert attached.stats.planned_pages == attached.stats.peak_pages
+    with kvruntime.attach(tiny_model) as attached:
+        assert attached.stats.profile == "none: all layers alike"
+    with pytest.raises(ValueError, match="3 layers, the model 2"):
+        with kvruntime.attach(tiny_model, profile=profile_of(VAR_256, 3)):
+            pass
+
+
+def test_unknown_models_are_told_what_is_missing():
+    with pytest.raises(UnsupportedModel, match="Linear is not a model that attach") as caught:
+        with kvruntime.attach(nn.Linear(2, 2)):
+            pass
+    missing = caught.value.missing
+    assert missing["FoundationVision/VAR"] == [
+        "model.blocks",
+        "model.patch_nums",
+        "model.autoregressive_infer_cfg",
+    ]
+    half = EmojiVAR(1, width=32, depth=1, num_heads=2)
+    del half.blocks[0].attention.log_scale
+    with pytest.raises(UnsupportedModel, match=r"blocks\[i\].attention.log_scale"):
+        with kvruntime.attach(half):
+            pass
+    half.blocks = nn.ModuleList([nn.Identity()])
+    with pytest.raises(UnsupportedModel, match=r"model.blocks\[i\].attention"):
+        with kvruntime.attach(half):
+            pass
+
+
+def test_the_plan_of_an_attachment(tiny_model):
+    with kvruntime.attach(tiny_model, "scalekv", 0.10) as attached:
+        planned = attached.plan(2).peak_pages
+        tiny_model.generate(LABELS)
+        assert attached.stats.planned_pages == planned

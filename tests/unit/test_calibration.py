@@ -1,0 +1,81 @@
+"""Calibration against whole attention matrices, which it never forms itself."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kvruntime.calibration
+from kvruntime.calibration import calibrate
+from kvruntime.reference.tokenizer import PATCH_SIDES
+from kvruntime.reference.transformer import SelfAttention
+
+LABELS = torch.tensor([0, 1])
+
+
+def captured_steps(model, monkeypatch):
+    """Queries and keys of every step, [scale][layer], from the model's own cache."""
+    steps = [[] for _ in PATCH_SIDES]
+    forward = SelfAttention.forward
+
+    def record(self, x):
+        out = forward(self, x)
+        q, _, _ = self.project(x)
+        steps[PATCH_SIDES.index(int(x.shape[1] ** 0.5))].append((q, self.cached_k.clone()))
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SelfAttention, "forward", record)
+        model.generate(LABELS)
+    return steps
+
+
+@pytest.mark.parametrize("block_numbers", [2**24, 50_000])
+def test_statistics(tiny_model, monkeypatch, block_numbers):
+    monkeypatch.setattr(kvruntime.calibration, "_BLOCK_NUMBERS", block_numbers)
+    profile = calibrate(tiny_model, lambda: tiny_model.generate(LABELS), 2, "tiny", 0.2)
+    assert profile.layers == 2 and profile.pictures == 2 and profile.model == "tiny"
+    assert profile.selectivity[0] == profile.similarity[0] == (0.0, 0.0)
+    last = {}
+    for scale, layers in enumerate(captured_steps(tiny_model, monkeypatch)):
+        for layer, (q, keys) in enumerate(layers):
+            fresh = q.shape[1]
+            cached = keys.shape[2] - fresh
+            if scale:
+                weights = (q.transpose(1, 2) @ keys.transpose(2, 3)).softmax(-1)
+                current = weights[..., cached:].sum(-1).mean()
+                history = weights[..., :cached]
+                best = -(-cached // 5)  # ceil(0.2 * cached)
+                top = history.topk(best).values.sum(-1).mean() / history.sum(-1).mean()
+                assert profile.selectivity[scale][layer] == pytest.approx(
+                    float(current * top), abs=1e-5
+                )
+                assert profile.cached_mass[scale][layer] == pytest.approx(
+                    float(1 - current), abs=1e-5
+                )
+                side, old = PATCH_SIDES[scale], PATCH_SIDES[scale - 1]
+                grid = last[layer].permute(0, 1, 3, 2).reshape(4, 32, old, old)
+                resized = F.interpolate(grid, (side, side), mode="bilinear").flatten(2)
+                now = keys[:, :, cached:].permute(0, 1, 3, 2).reshape(4, 2, 16, -1)
+                distance = (resized.view(4, 2, 16, -1) - now).norm(dim=2).mean()
+                assert profile.similarity[scale][layer] == pytest.approx(-float(distance), abs=1e-5)
+            last[layer] = keys[:, :, cached:]
+
+
+def test_two_generations_are_averaged(tiny_model):
+    def draw(*labels):
+        for label in labels:
+            tiny_model.generate(torch.tensor([label]), seed=label)
+
+    one = calibrate(tiny_model, lambda: draw(0), 1, "tiny")
+    two = calibrate(tiny_model, lambda: draw(1), 1, "tiny")
+    both = calibrate(tiny_model, lambda: draw(0, 1), 2, "tiny")
+    mean = (one.selectivity[5][1] + two.selectivity[5][1]) / 2
+    assert both.selectivity[5][1] == pytest.approx(mean, abs=2e-6)
+
+
+def test_refusals(tiny_model):
+    with pytest.raises(ValueError, match="did not run every scale"):
+        calibrate(tiny_model, lambda: None, 1, "tiny")
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="top_share must be in"):
+            calibrate(tiny_model, lambda: None, 1, "tiny", share)

@@ -1,0 +1,165 @@
+"""The command line: stable names in the JSON, exit codes, nothing but JSON on stdout."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from kvruntime.cli import app, parse_budget, parse_bytes
+from policies import POLICY_NAMES
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_plan_json_has_the_documented_names():
+    result = run(
+        *"plan infinity-8b --batch 8 --key-dtype float32 --value-dtype bfloat16 --budget 650".split(),
+        "--json",
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert {
+        "rows",
+        "token_bytes",
+        "page_bytes",
+        "workspace_bytes",
+        "peak_pages",
+        "baseline",
+    } <= report.keys()
+    assert report["baseline"].keys() == {
+        "history_bytes",
+        "all_scales_bytes",
+        "with_cat_copy_bytes",
+    }
+    assert "max_rows" not in report
+    assert report["rows"] == 16 and report["version"] == 1
+    assert report["token_bytes"] // 2**20 == 8531
+    assert report["baseline"]["history_bytes"] // 2**20 == 84328
+
+
+def test_plan_says_how_many_rows_fit():
+    report = json.loads(
+        run(*"plan infinity-8b --memory 80GiB --reserved 20GiB --json".split()).stdout
+    )
+    assert report["memory_bytes"] == 60 * 2**30
+    assert report["max_rows"] > report["rows"] == 2
+    text = run(*"plan infinity-8b --memory 80GiB".split()).stdout
+    assert "rows fit" in text and "pictures at once" in text
+
+
+def test_plan_that_does_not_fit_exits_with_3_and_the_numbers():
+    result = run(*"plan infinity-8b --batch 8 --policy full --memory 8GiB --json".split())
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["max_rows"] == 1
+    assert "not enough memory" in result.stderr and "1 of 16 rows would" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "plan gpt-2",
+        "plan infinity-8b --batch 0",
+        "plan infinity-8b --batch x",
+        "plan infinity-8b --budget nan",
+        "plan infinity-8b --budget -1",
+        "plan infinity-8b --budget ten",
+        "plan infinity-8b --budget 15",
+        "plan infinity-8b --policy lru",
+        "plan infinity-8b --memory lots",
+        "plan infinity-8b --memory 0GiB",
+        "plan infinity-8b --reserved 1GiB",
+        "plan infinity-8b --key-dtype int3",
+        "plan infinity-8b --page-size 0",
+        "plan infinity-8b --resolution 9M",
+        "plan infinity-8b --profile /no/such/file.json",
+        "demo --policy lru",
+        "demo --count 0",
+        "demo --dtype int3",
+        "demo --budget 0",
+        "demo --budget 3",
+    ],
+)
+def test_bad_input_exits_with_2_and_one_message(arguments, tmp_path):
+    result = run(*arguments.split(), *(["--out", str(tmp_path)] if "demo" in arguments else []))
+    assert result.exit_code == 2
+    assert result.stdout == "" and result.stderr.strip()
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+RUN_KEYS = {
+    "psnr_db",
+    "kl",
+    "planned_pages",
+    "peak_pages",
+    "leaked_pages",
+    "token_bytes",
+    "page_bytes",
+    "workspace_bytes",
+    "baseline_bytes",
+    "seconds",
+}
+
+
+def check_demo(report, count, dtype):
+    """The schema of demo.json, and P1, P2 and P6 on the bundled model."""
+    assert report["count"] == count and report["dtype"] == dtype
+    assert tuple(report["runs"]) == POLICY_NAMES
+    for name, policy in report["runs"].items():
+        assert policy.keys() == RUN_KEYS | ({"bit_identical"} if name == "full" else set())
+        assert policy["psnr_db"].keys() == {"mean", "min"}
+        assert policy["planned_pages"] == policy["peak_pages"]
+        assert policy["leaked_pages"] == 0
+    runs = report["runs"]
+    assert runs["full"]["bit_identical"] is True
+    assert runs["full"]["kl"] == 0 and runs["full"]["psnr_db"] == {"mean": None, "min": None}
+    history = runs["full"]["token_bytes"]
+    for name in set(POLICY_NAMES) - {"full"}:
+        assert runs[name]["token_bytes"] <= 0.10 * history
+        assert 0 < runs[name]["kl"] < 1 and runs[name]["psnr_db"]["mean"] > 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_demo(tmp_path, dtype):
+    result = run("demo", "--count", "2", "--dtype", dtype, "--out", str(tmp_path), "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report == json.loads((tmp_path / "demo.json").read_text())
+    check_demo(report, 2, dtype)
+    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_demo_table(tmp_path):
+    result = run("demo", "--count", "1", "--policy", "ams_kv", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.stderr
+    assert "bit-identical with the model's own: True" in result.stdout
+    assert "ams_kv" in result.stdout
+
+
+def test_doctor():
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["versions"]["torch"] and report["versions"]["python"]
+    assert report["backends"]["torch-sdpa"] == {"available": True, "reasons": []}
+    assert not report["backends"]["xformers-paged"]["available"]
+    assert report["backends"]["xformers-paged"]["reasons"]
+    assert report["host"]["total_bytes"] > 0
+    assert bool(report["cuda"]["nvml"]) != bool(report["cuda"]["why_no_nvml"])
+    assert "torch-sdpa" in run("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"), [("0.10", 0.1), ("650", 650), ("1.0", 1.0), ("1", 1), ("1e-1", 0.1)]
+)
+def test_budgets(text, budget):
+    parsed = parse_budget(text)
+    assert parsed == budget and type(parsed) is type(budget)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GiB", 80 * 2**30), ("1.5 MiB", 3 * 2**19), ("2gb", 2 * 10**9), ("7", 7), ("7B", 7)],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size

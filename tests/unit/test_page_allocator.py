@@ -1,0 +1,109 @@
+"""The edges of the allocator that a random walk does not name, and proof that check() sees
+damage.
+"""
+
+import numpy as np
+import pytest
+
+from allocator import OutOfPages, PageAllocator, PageStateError
+
+
+@pytest.mark.parametrize("num_pages", [0, -1])
+def test_a_pool_needs_pages(num_pages):
+    with pytest.raises(ValueError, match=f"num_pages must be positive, got {num_pages}"):
+        PageAllocator(num_pages)
+
+
+def test_pages_come_lowest_first_and_the_last_freed_comes_back_first():
+    allocator = PageAllocator(3)
+    assert sorted(allocator.allocate(2).tolist()) == [0, 1]
+    allocator.release([1])
+    assert allocator.allocate(1).tolist() == [1]
+
+
+def test_out_of_pages_says_how_many_and_what_to_do():
+    allocator = PageAllocator(2)
+    allocator.allocate(1)
+    with pytest.raises(OutOfPages, match=r"3 pages requested, 1 free of 2: .*close a generation"):
+        allocator.allocate(3)
+
+
+def test_ids_must_be_integers():
+    allocator = PageAllocator(2)
+    allocator.allocate(2)
+    with pytest.raises(PageStateError, match="integers, got float64"):
+        allocator.release([0.0])
+    assert allocator.num_live == 2
+
+
+def test_empty_calls_are_allowed():
+    allocator = PageAllocator(2)
+    assert allocator.allocate(0).size == 0
+    assert allocator.release([]).size == 0
+    assert allocator.references([]).size == 0
+    allocator.retain(np.empty((0, 3)))
+
+
+def test_an_allocated_array_is_the_callers_own():
+    allocator = PageAllocator(2)
+    pages = allocator.allocate(2)
+    pages[:] = 7
+    allocator.release([0, 1])
+    allocator.check()
+
+
+def damage_stack(allocator):
+    allocator._stack[1] = allocator._stack[0]
+
+
+def damage_references(allocator):
+    allocator._references[allocator._stack[0]] = 1
+
+
+def damage_live(allocator):
+    allocator._references[allocator.allocate(1)] = 0
+
+
+def damage_sign(allocator):
+    allocator._references[allocator._stack[0]] = -1
+
+
+def damage_count(allocator):
+    allocator.num_free -= 1
+
+
+def damage_high_water(allocator):
+    allocator.high_water = 9
+
+
+def damage_high_water_low(allocator):
+    allocator.allocate(2)
+    allocator.high_water = 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_stack, "free stack twice"),
+        (damage_references, "free page has references"),
+        (damage_live, "lost or invented"),
+        (damage_sign, "free page has references"),
+        (damage_count, "lost or invented"),
+        (damage_high_water, "high-water"),
+        (damage_high_water_low, "high-water"),
+    ],
+)
+def test_check_notices(damage, message):
+    allocator = PageAllocator(5)
+    allocator.check()
+    damage(allocator)
+    with pytest.raises(AssertionError, match=message):
+        allocator.check()
+
+
+def test_check_notices_a_negative_count_of_a_live_page():
+    allocator = PageAllocator(3)
+    pages = allocator.allocate(2)
+    allocator._references[pages[0]] = -1
+    with pytest.raises(AssertionError, match="lost or invented"):
+        allocator.check()

@@ -1,0 +1,220 @@
+"""The planner against the published tables (METHODS 0.3), and its refusals."""
+
+import math
+
+import numpy as np
+import pytest
+
+from kvruntime import WillNeverFit, plan
+from kvruntime.catalogue import (
+    ASPECT_RATIOS,
+    MODEL_NAMES,
+    RESOLUTIONS,
+    find_model,
+    infinity_schedule,
+)
+from kvruntime.plan import choose_policy, default_page_size, plan_generation
+from policies import CacheGeometry, Full, ScaleSchedule
+from tests.support import RaggedPolicy, profile_of
+
+MIB = 2**20
+
+
+def published(name):
+    return find_model(name).with_dtypes("float32", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "mib"),
+    [
+        ("infinity-8b", "full", 84_328),
+        ("infinity-8b", 1300, 17_062),
+        ("infinity-8b", 650, 8_531),
+        ("infinity-8b", 265, 3_478),
+        ("infinity-2b", "full", 38_550),
+        ("infinity-2b", 1300, 7_800),
+        ("infinity-2b", 650, 3_900),
+        ("infinity-2b", 265, 1_590),
+    ],
+)
+def test_scalekv_table_1(name, budget, mib):
+    if budget == "full":
+        made = plan(published(name), 8, "full")
+        assert made.baseline_bytes()["history_bytes"] == made.token_bytes
+    else:
+        made = plan(published(name), 8, budget=budget)
+    assert made.token_bytes // MIB == mib
+
+
+def test_hackpp_counts_the_last_scale():
+    total = plan(published("infinity-8b"), 1, "full").baseline_bytes()["all_scales_bytes"]
+    assert round(total / 2**30, 2) == 16.86
+
+
+def test_bf16():
+    assert round(plan("infinity-8b", 8, "full").token_bytes / MIB) == 56_219
+    assert math.ceil(plan("infinity-8b", 8, budget=650).token_bytes / MIB) == 5_688
+
+
+def test_torch_cat_holds_one_layers_history_twice():
+    made = plan("infinity-2b", 1, "full")
+    base = made.baseline_bytes()
+    one_layer_v = 6425 * 2048 * 2 * 2
+    assert base["with_cat_copy_bytes"] == base["all_scales_bytes"] + one_layer_v
+    mixed = plan(published("infinity-2b"), 1, "full").baseline_bytes()
+    k_copy = 6425 * 2048 * 4 * 2 - 4096 * 2048 * 2 * 2
+    assert mixed["with_cat_copy_bytes"] == mixed["all_scales_bytes"] + k_copy
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_every_model_of_the_catalogue_plans(name):
+    made = plan(name, 2, "full")
+    assert made.rows == 4
+    assert made.budget_tokens == int(0.1 * made.schedule.history)
+    assert made.lengths.max() == made.schedule.history
+
+
+def test_the_catalogue_has_the_published_geometries():
+    geometry = {name: find_model(name).geometry for name in MODEL_NAMES}
+    for depth in (16, 20, 24, 30, 36):
+        model = geometry[f"var-d{depth}"]
+        assert (model.layers, model.heads, model.head_dim) == (depth, depth, 64)
+    assert geometry["infinity-125m"].heads * geometry["infinity-125m"].head_dim == 768
+    assert find_model("var-d30").schedule.total == 680
+    assert (find_model("var-d36").schedule.total, find_model("var-d36").schedule.history) == (
+        2240,
+        1216,
+    )
+    assert find_model("Infinity-8B").schedule.history == 6425
+
+
+def test_infinity_schedules():
+    assert len(ASPECT_RATIOS) == 15
+    for resolution, scales in RESOLUTIONS.items():
+        for aspect in ASPECT_RATIOS:
+            schedule = infinity_schedule(resolution, aspect)
+            assert len(schedule) == scales
+            height, width = schedule.sizes[-1]
+            assert abs(height / width - float(aspect)) < 0.011
+    assert infinity_schedule("1M", "1.500").sizes[-1] == (78, 52)
+    assert infinity_schedule("1M", "0.667").sizes[-1] == (52, 78)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: find_model("gpt-2"), "unknown model 'gpt-2'"),
+        (lambda: find_model("var-d16", resolution="1M"), "has one schedule"),
+        (lambda: find_model("var-d16", aspect="1.500"), "has one schedule"),
+        (lambda: infinity_schedule("2M"), "resolution '2M' is not one of"),
+        (lambda: infinity_schedule("1M", "9"), "aspect ratio '9' is not one of"),
+        (lambda: plan("var-d16", 0), "batch must be a positive integer, got 0"),
+        (lambda: plan("var-d16", True), "batch must be a positive integer, got True"),
+        (lambda: plan("var-d16", 1.5), "batch must be a positive integer, got 1.5"),
+        (lambda: plan("var-d16", page_size=0), "page_size must be a positive integer, got 0"),
+        (lambda: plan("var-d16", page_size=True), "page_size must be a positive integer"),
+        (lambda: plan("var-d16", budget=math.nan), "got nan"),
+        (lambda: plan("var-d16", budget=-0.5), "got -0.5"),
+        (lambda: plan("var-d16", budget=1.5), "got 1.5"),
+        (lambda: plan("var-d16", budget=math.inf), "got inf"),
+        (lambda: plan("var-d16", budget=0), "must be positive, got 0"),
+        (lambda: plan("var-d16", budget=True), "must be a number, got True"),
+        (lambda: plan("var-d16", budget="0.1"), "must be a number, got '0.1'"),
+        (lambda: plan("var-d16", budget=0.001), "keeps none"),
+        (lambda: plan("var-d16", budget=15), "budget 15 is below the window of 16"),
+        (lambda: plan("var-d16", policy="lru"), "unknown policy 'lru'"),
+        (lambda: plan("var-d16", policy="streaming_llm", budget=4), "leaves nothing beside 4"),
+        (lambda: plan("var-d16", policy="ams_kv", budget=4), "first 2 scales need 5"),
+        (
+            lambda: plan("var-d16", profile=profile_of(ScaleSchedule.of([1, 2]), 3)),
+            "the profile has 3 layers, the model 16",
+        ),
+        (
+            lambda: plan_generation(
+                CacheGeometry(1, 1, 1), ScaleSchedule.of([1]), Full(), 1, 1, workspace_limit=0
+            ),
+            "workspace_limit must be positive, got 0",
+        ),
+        (
+            lambda: plan_generation(CacheGeometry(1, 1, 1), ScaleSchedule.of([1]), Full(), 1, -1),
+            "rows must be a positive integer, got -1",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_policies_without_queries_keep_the_same_in_all_heads():
+    class Odd(RaggedPolicy):
+        num_queries = 0
+
+    schedule = ScaleSchedule.of([1, 3, 4])
+    with pytest.raises(ValueError, match="ragged has no queries, so all heads"):
+        plan_generation(CacheGeometry(2, 4, 2), schedule, Odd(0, num_queries=0), 5, 1)
+
+
+def test_memory_is_required_before_anything_is_made():
+    fits = plan("infinity-8b", 8, memory=80 * 2**30).max_rows(80 * 2**30)
+    with pytest.raises(WillNeverFit) as caught:
+        plan("infinity-8b", fits // 2 + 1, memory=80 * 2**30)
+    assert caught.value.total == 80 * 2**30 < caught.value.needed
+    assert f"{fits} of" in str(caught.value)
+    with pytest.raises(WillNeverFit, match="lower the budget or the resolution"):
+        plan("infinity-8b", 1, memory=10 * MIB)
+    with pytest.raises(WillNeverFit):
+        plan("infinity-8b", 8, memory=80 * 2**30, reserved=79 * 2**30)
+
+
+def test_a_plan_that_fits_exactly():
+    made = plan("var-d16", 1)
+    made.require(made.total_bytes)
+    made.require(made.total_bytes + 5, reserved=5)
+    with pytest.raises(WillNeverFit):
+        made.require(made.total_bytes - 1)
+
+
+def test_default_page_sizes():
+    assert default_page_size(find_model("var-d30").schedule) == 16
+    assert default_page_size(find_model("infinity-2b").schedule) == 64
+    assert default_page_size(ScaleSchedule.of([32, 1])) == 64
+    assert default_page_size(ScaleSchedule.of([(1023, 1), 1])) == 16
+
+
+def test_presets_serve_their_model_only():
+    assert choose_policy("scalekv", None, 40, "infinity-8b").published is not None
+    assert choose_policy("scalekv", None, 40).published is None
+    full = Full()
+    assert choose_policy(full, None, 40) is full
+
+
+def test_scratch_of_a_policy_with_queries():
+    """Byte by byte: 2 scales before the last, one layer, one head of 4 numbers in float32."""
+    schedule = ScaleSchedule.of([4, 4, 4])
+    made = plan_generation(CacheGeometry(1, 1, 4, "float32", "float32"), schedule, Full(), 1, 1, 16)
+    # at scale 1 (16 cached): 1 id of 8 bytes, or 16 slots of 8 bytes; the gather holds 48 tokens
+    assert made.workspace_row_tokens == 48
+    assert made.workspace_bytes == 48 * 4 * 8 + 16 * 8
+    scored = plan("var-d16", 1, budget=42)
+    rows, heads, dim = 2, 16, 64
+    gather = max(42 + 256, 48) * heads * dim * 4
+    candidates = 42 + 169
+    score = candidates * (16 * (2 + 4) + 4)
+    assert scored.workspace_bytes == rows * (gather + heads * score)
+
+
+def test_lengths_are_checked():
+    class Greedy(Full):
+        def lengths(self, schedule, geometry, budget):
+            return Full.lengths(self, schedule, geometry, budget) + 1
+
+    with pytest.raises(ValueError, match="more than it has"):
+        plan_generation(CacheGeometry(1, 1, 1), ScaleSchedule.of([1, 2]), Greedy(), 1, 1)
+
+    class Wrong(Full):
+        def lengths(self, schedule, geometry, budget):
+            return np.zeros((1, 1, 1))
+
+    with pytest.raises(ValueError, match="lengths must be int64"):
+        plan_generation(CacheGeometry(1, 1, 1), ScaleSchedule.of([1, 2]), Wrong(), 1, 1)
