@@ -15,15 +15,14 @@ PageIds = NDArray[np.int32]
 class PageAllocator:
     """Owns the ids 0 .. num_pages - 1; never touches tensors.
 
-    Always:
+    Always, with ``place`` running over 0 .. num_free - 1:
         num_free + num_live == num_pages
-        a page is on the free stack exactly when it has no reference
-        the ids on the free stack are distinct
+        a live page's entry of _references is the number of its owners, at least 1
+        a free page's entry is -1 - place, where _stack[place] is that page
         num_live <= high_water <= num_pages
 
-    Every call costs O(ids in the call), whatever the size of the pool, and changes either
-    everything or nothing. Ids may come in any shape; the ones that name pages must be distinct
-    within a call.
+    Every call costs O(ids in the call), whatever the size of the pool, and changes everything or
+    nothing. Ids may come in any shape; those of one call must be distinct. For one thread.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -33,48 +32,52 @@ class PageAllocator:
         self.num_free = num_pages
         self.high_water = 0
         self._stack: PageIds = np.arange(num_pages, dtype=np.int32)[::-1].copy()
-        self._references: PageIds = np.zeros(num_pages, dtype=np.int32)
-        self._seen: PageIds = np.zeros(num_pages, dtype=np.int32)  # scratch of _distinct
+        self._references: PageIds = np.arange(-num_pages, 0, dtype=np.int32)
 
     @property
     def num_live(self) -> int:
         return self.num_pages - self.num_free
 
     def references(self, pages: ArrayLike) -> PageIds:
-        """How many owners each page has; 0 for a free one. Raises PageStateError for a foreign
+        """How many owners each page has, 0 for a free one. Raises PageStateError for a foreign
         id.
         """
-        return self._references.take(self._known(pages))
+        return np.maximum(self._references.take(self._known(pages)), 0)
 
     def allocate(self, count: int) -> PageIds:
-        """Take ``count`` pages with one reference each. Raises OutOfPages, taking none, if too few
-        are free.
+        """Take ``count`` pages, each with one reference.
+
+        Raises OutOfPages, taking none, if fewer are free.
         """
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
         if count > self.num_free:
             raise OutOfPages(count, self.num_free, self.num_pages)
-        pages = self._stack[self.num_free - count : self.num_free].copy()
-        self._references[pages] = 1
         self.num_free -= count
+        pages = self._stack[self.num_free : self.num_free + count].copy()
+        self._references[pages.astype(np.intp)] = 1
         self.high_water = max(self.high_water, self.num_live)
         return pages
 
     def retain(self, pages: ArrayLike) -> None:
-        """Add a reference to each of these live pages. Raises PageStateError, adding none, if one
-        is free.
+        """Add a reference to each of these live pages.
+
+        Raises PageStateError, adding none, for a page that is free, foreign or named twice.
         """
-        ids, held = self._live(pages)
-        self._references[ids] = held + 1
+        ids, owners = self._mark(pages)
+        self._references[ids] = owners + 1
 
     def release(self, pages: ArrayLike) -> PageIds:
         """Drop a reference from each of these live pages; return those that became free.
 
         Raises PageStateError, dropping none, for a page that is free, foreign or named twice.
         """
-        ids, held = self._live(pages)
-        self._references[ids] = held - 1
-        freed: PageIds = ids[held == 1].astype(np.int32)
+        ids, owners = self._mark(pages)
+        if (owners > 1).any():
+            self._references[ids] = owners - 1
+            ids = ids[owners == 1]
+            self._references[ids] = self._marks(ids.size)
+        freed = ids.astype(np.int32)
         self._stack[self.num_free : self.num_free + freed.size] = freed
         self.num_free += freed.size
         return freed
@@ -86,10 +89,12 @@ class PageAllocator:
     def check(self) -> None:
         """Assert every invariant. O(num_pages); for tests and idle points."""
         free = self._stack[: self.num_free]
-        assert np.unique(free).size == free.size, "a page is on the free stack twice"
-        assert not self._references[free].any(), "a free page has references"
-        assert np.count_nonzero(self._references > 0) == self.num_live, "pages lost or invented"
-        assert (self._references >= 0).all(), "negative reference count"
+        assert free.size + np.count_nonzero(self._references > 0) == self.num_pages, (
+            "pages lost or invented"
+        )
+        assert (self._references[free] == -1 - np.arange(free.size)).all(), (
+            "a free page is not where it says"
+        )
         assert self.num_live <= self.high_water <= self.num_pages, "high-water mark out of range"
 
     def _known(self, pages: ArrayLike) -> NDArray[np.intp]:
@@ -105,19 +110,24 @@ class PageAllocator:
             raise PageStateError(f"page {foreign} is not one of the {self.num_pages} of this pool")
         return given.astype(np.intp)
 
-    def _live(self, pages: ArrayLike) -> tuple[NDArray[np.intp], PageIds]:
-        """The ids as a flat index array and their references; each id in range, live and named
-        once.
+    def _marks(self, count: int) -> PageIds:
+        """The entries of ``count`` pages that come to lie on top of the free stack."""
+        return np.arange(-1 - self.num_free, -1 - self.num_free - count, -1, dtype=np.int32)
+
+    def _mark(self, pages: ArrayLike) -> tuple[NDArray[np.intp], PageIds]:
+        """The ids as a flat index array and their owners; each id in range, live and named once.
+
+        Leaves each entry as if its page lay on top of the free stack: of an id named twice only
+        one mark survives, which is how it is found. The caller writes the entries it wants.
         """
         ids = self._known(pages)
-        held = self._references.take(ids)
-        if not held.all():
-            raise PageStateError(f"page {ids[held == 0][0]} is free already; nothing was changed")
-        order = np.arange(ids.size, dtype=np.int32)
-        self._seen[ids] = (
-            order  # the last mention of an id wins, so an earlier one no longer matches
-        )
-        twice = self._seen.take(ids) != order
-        if twice.any():
-            raise PageStateError(f"page {ids[twice][0]} is named twice in one call")
-        return ids, held
+        owners = self._references.take(ids)
+        if (owners <= 0).any():
+            raise PageStateError(f"page {ids[owners <= 0][0]} is free already; nothing was changed")
+        marks = self._marks(ids.size)
+        self._references[ids] = marks
+        lost = self._references.take(ids) != marks
+        if lost.any():
+            self._references[ids] = owners
+            raise PageStateError(f"page {ids[lost][0]} is named twice in one call")
+        return ids, owners

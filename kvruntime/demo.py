@@ -114,22 +114,25 @@ def _finite(value: Tensor) -> float | None:
 def print_report(report: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{report['count']} pictures, {report['dtype']}, budget {report['budget']}")
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("PSNR dB", lambda run: _number(run["psnr_db"]["mean"], "inf")),
-        ("min dB", lambda run: _number(run["psnr_db"]["min"], "inf")),
-        ("KL nats", lambda run: f"{run['kl']:.4f}"),
-        ("pages plan/used", _pages),
+        ("PSNR", lambda run: _number(run["psnr_db"]["mean"], "inf")),
+        ("min", lambda run: _number(run["psnr_db"]["min"], "inf")),
+        ("KL", lambda run: f"{run['kl']:.4f}"),
+        ("pages", _pages),
         ("leaked", lambda run: str(run["leaked_pages"])),
-        ("tokens MiB", lambda run: f"{run['token_bytes'] / 2**20:.2f}"),
-        ("pages MiB", lambda run: f"{run['page_bytes'] / 2**20:.2f}"),
-        ("own MiB", lambda run: f"{run['baseline_bytes'] / 2**20:.2f}"),
+        ("tokens", lambda run: f"{run['token_bytes'] / 2**20:.2f}"),
+        ("pool", lambda run: f"{run['page_bytes'] / 2**20:.2f}"),
+        ("own", lambda run: f"{run['baseline_bytes'] / 2**20:.2f}"),
         ("s", lambda run: f"{run['seconds']:.2f}"),
     ]
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     for title, _ in columns:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for name, run in report["runs"].items():
         table.add_row(name, *(show(run) for _, show in columns))
     console.print(table)
+    console.print(
+        "PSNR in dB and KL in nats against the model's own cache; pages planned/used; sizes in MiB"
+    )
     identical = report["runs"].get("full", {}).get("bit_identical")
     if identical is not None:
         console.print(f"full cache bit-identical with the model's own: {identical}")

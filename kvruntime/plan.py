@@ -154,14 +154,14 @@ class Plan:
         """Bytes of one row: the gather workspace, and the scratch of the worst (scale, layer)."""
         geometry = self.geometry
         gather = self.workspace_row_tokens * geometry.heads * geometry.token_bytes
-        number = max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
+        number = DTYPE_BYTES[geometry.key_dtype]
         before, after = self._before().max(axis=2), self.lengths.max(axis=2)
         fresh = np.array(self.schedule.tokens)[:, None]
         candidates = before + fresh
         page_ids = -(-before // self.page_size) * _ID_BYTES
         drops = after < candidates
         moved = np.where(drops, after, fresh)  # tokens written
-        write = moved * _ID_BYTES + np.where(drops, moved * geometry.head_dim * number, 0)
+        write = moved * _ID_BYTES + np.where(drops, moved * geometry.token_bytes, 0)
         scratch = np.maximum(page_ids, write)
         if self.policy.num_queries:
             queries = self.policy.num_queries

@@ -46,7 +46,7 @@ def train_tokenizer(pictures: Tensor, steps: int, progress: Progress) -> Tokeniz
     """Reconstruction (L1 + L2), codebook and commitment losses; dead codes restart from the
     batch.
     """
-    tokenizer: Tokenizer = Tokenizer().to(memory_format=torch.channels_last)
+    tokenizer = Tokenizer()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-3, betas=(0.9, 0.95))
     warm_up = steps // 20  # a plain autoencoder first, then codes
     usage = torch.zeros(tokenizer.codebook.shape[0])
@@ -71,10 +71,12 @@ def train_tokenizer(pictures: Tensor, steps: int, progress: Progress) -> Tokeniz
                     tokenizer.codebook.copy_(start * torch.rand(len(usage), 1))
             targets, _, sums = tokenizer.quantise(latent)
             quantised = sums[-1]
-            penalty = sum(
-                (F.mse_loss(total, latent.detach()) + 0.25 * F.mse_loss(total.detach(), latent))
-                for total in sums
-            ) / len(sums)
+            penalty = torch.stack(
+                [
+                    F.mse_loss(total, latent.detach()) + 0.25 * F.mse_loss(total.detach(), latent)
+                    for total in sums
+                ]
+            ).mean()
             code = latent + (quantised - latent).detach()
             usage += torch.bincount(torch.cat([t.flatten() for t in targets]), minlength=len(usage))
             if step % 50 == 0 and step < 0.7 * steps:

@@ -65,7 +65,7 @@ def damage_live(allocator):
 
 
 def damage_sign(allocator):
-    allocator._references[allocator._stack[0]] = -1
+    allocator._references[allocator._stack[0]] = -3
 
 
 def damage_count(allocator):
@@ -84,10 +84,10 @@ def damage_high_water_low(allocator):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_stack, "free stack twice"),
-        (damage_references, "free page has references"),
+        (damage_stack, "not where it says"),
+        (damage_references, "lost or invented"),
         (damage_live, "lost or invented"),
-        (damage_sign, "free page has references"),
+        (damage_sign, "not where it says"),
         (damage_count, "lost or invented"),
         (damage_high_water, "high-water"),
         (damage_high_water_low, "high-water"),

@@ -1,0 +1,62 @@
+"""Interleaved timing and a record of what it was done on."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from kvruntime.device import versions
+
+
+def interleaved(
+    runs: dict[str, Callable[[], object]], repeats: int, progress: Progress | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each run, called in turn ``repeats`` times after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    bar = progress.add_task(", ".join(runs), total=repeats + 1) if progress else None
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(time.perf_counter() - began)
+        if progress and bar is not None:
+            progress.advance(bar)
+    return times
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(top: list[float], bottom: list[float]) -> list[float]:
+    """Round by round, so that a machine whose speed drifts does not matter."""
+    return [a / b for a, b in zip(top, bottom, strict=True)]
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "torch_threads": torch.get_num_threads(),
+        "device": "cpu",
+        "versions": versions(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
+        return lines[0] if lines else platform.processor()
+    except OSError:
+        return platform.processor()

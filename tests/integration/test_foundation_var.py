@@ -1,0 +1,174 @@
+"""FoundationVision/VAR d16 from its own repository, random weights, unmodified.
+
+    KVRUNTIME_VAR=/path/to/VAR python -m pytest tests/integration -s
+
+wants a checkout and an environment that can import it (torch, huggingface_hub). Upstream's first
+weights hide attention (adaLN gammas of 1e-5, a near-zero head), so larger ones are drawn. CI skips
+this, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvruntime
+from kvruntime.calibration import calibrate
+
+CHECKOUT = os.environ.get("KVRUNTIME_VAR", "")
+pytestmark = [
+    pytest.mark.skipif(
+        not CHECKOUT, reason="NOT RUN: set KVRUNTIME_VAR to a checkout of FoundationVision/VAR"
+    ),
+    pytest.mark.filterwarnings("default"),
+]
+PICTURES, SEED = 1, 7
+
+
+@pytest.fixture(scope="module")
+def var():
+    if not (Path(CHECKOUT) / "models" / "var.py").exists():
+        pytest.fail(f"{CHECKOUT} is not a checkout of FoundationVision/VAR")
+    sys.path.insert(0, CHECKOUT)
+    from models.var import VAR
+    from models.vqvae import VQVAE
+
+    torch.manual_seed(0)
+    vae = VQVAE(vocab_size=4096, z_channels=32, ch=160, test_mode=True, share_quant_resi=4)
+    model = VAR(
+        vae_local=vae,
+        num_classes=1000,
+        depth=16,
+        embed_dim=1024,
+        num_heads=16,
+        shared_aln=False,
+        attn_l2_norm=True,
+    )
+    model.init_weights(init_adaln=0.5, init_adaln_gamma=0.5, init_head=1.0)
+    vae.eval()
+    return model.eval()
+
+
+def own_attention(model):
+    """Without a GPU, upstream's xformers path dies; its own slow path is the reference."""
+    for block in model.blocks:
+        block.attn.using_xform = block.attn.using_flash = False
+
+
+def draw(model, seed=SEED):
+    return model.autoregressive_infer_cfg(
+        B=PICTURES, label_B=207, g_seed=seed, cfg=4.0, top_k=900, top_p=0.95
+    )
+
+
+def attributes(model):
+    return {
+        (name, key): id(value)
+        for name, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if not isinstance(value, dict | bool | type(None))
+    }
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_full_is_bit_identical_and_detach_restores(var, autocast):
+    """In float32, and as upstream's demo runs it, under autocast (K float32, V bfloat16)."""
+    found = [block.attn.using_xform for block in var.blocks]
+    own_attention(var)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        own = draw(var)
+        before = attributes(var)
+        for block, flag in zip(var.blocks, found, strict=True):
+            block.attn.using_xform = flag  # attach() must not depend on what upstream found
+        for _ in range(2):
+            with kvruntime.attach(var, "full", 1.0) as attached:
+                assert torch.equal(draw(var), own)
+                assert torch.equal(draw(var), own)
+                stats = attached.stats
+                assert stats.planned_pages == stats.peak_pages > 0 == stats.live_pages
+            assert attributes(var) == before
+        own_attention(var)
+        assert torch.equal(draw(var), own)
+
+
+def test_negative_control_a_wrong_cache_changes_the_picture(var, monkeypatch):
+    own_attention(var)
+    own = draw(var)
+    write = kvruntime.cache.Pool.write
+    monkeypatch.setattr(
+        kvruntime.cache.Pool, "write", lambda self, t, p, k, v: write(self, t, p, k, -v)
+    )
+    with kvruntime.attach(var, "full", 1.0):
+        wrong = draw(var)
+    psnr = float(-10 * (wrong - own).square().mean().log10())
+    print(f"\nvalues of the wrong sign in the cache: {psnr:.1f} dB from the right picture")
+    assert psnr < 35
+
+
+def test_scalekv_at_a_tenth(var, tmp_path):
+    own_attention(var)
+    own = draw(var)
+    profile = calibrate(var, lambda: draw(var, 1), PICTURES, "var-d16")
+    profile.save(tmp_path / "var-d16.json")
+    for given in (None, tmp_path / "var-d16.json"):
+        with kvruntime.attach(var, policy="scalekv", budget=0.10, profile=given) as attached:
+            first = draw(var)
+            assert torch.equal(draw(var), first)
+        stats = attached.stats
+        assert stats.planned_pages == stats.peak_pages and stats.live_pages == 0
+        assert stats.token_bytes <= 0.1 * stats.baseline_bytes * 424 / 680
+        psnr = float(-10 * (first - own).square().mean().log10())
+        print(
+            f"\nscalekv 10 %, profile {stats.profile}: {psnr:.1f} dB, "
+            f"{stats.token_bytes / 2**20:.1f} of {stats.baseline_bytes / 2**20:.1f} MiB"
+        )
+    assert torch.equal(draw(var), own)
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_generation_that_raises_leaks_nothing(var):
+    own_attention(var)
+    own = draw(var)
+    calls = 0
+
+    def fail(*_):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise Broken
+
+    with kvruntime.attach(var, "full", 1.0) as attached:
+        hook = var.blocks[3].ffn.register_forward_hook(fail)
+        with pytest.raises(Broken):
+            draw(var)
+        hook.remove()
+        assert attached.stats.live_pages == 0
+        assert torch.equal(draw(var), own)
+
+
+def test_time_of_a_whole_picture(var):
+    """Interleaved pairs; the median ratio counts."""
+    own_attention(var)
+    ratios = []
+    draw(var)
+    with kvruntime.attach(var, "full", 1.0):
+        draw(var)
+    for _ in range(7):
+        began = time.perf_counter()
+        draw(var)
+        middle = time.perf_counter()
+        with kvruntime.attach(var, "full", 1.0):
+            draw(var)
+        ratios.append((time.perf_counter() - middle) / (middle - began))
+    ratio = statistics.median(ratios)
+    print(f"\nfull / own time: median {ratio:.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+    assert ratio <= 1.05
