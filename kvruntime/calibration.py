@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvruntime.adapters import attach, view
+from kvruntime.reference import FOLDER, load_model
 from policies import Profile, ScaleSchedule
 
 _BLOCK_NUMBERS = 2**24  # most attention weights held at a time: 64 MiB in float32
@@ -119,3 +120,15 @@ class _Statistics:
             similarity=table(self._similarity),
             cached_mass=table(self._cached_mass),
         )
+
+
+def main() -> None:
+    """Write the bundled model's profile: ``python -m kvruntime.calibration``."""
+    model = load_model()
+    labels = torch.arange(model.num_classes)
+    profile = calibrate(model, lambda: model.generate(labels, seed=10_000), len(labels), "emoji64")
+    profile.save(FOLDER / "profile.json")
+
+
+if __name__ == "__main__":
+    main()

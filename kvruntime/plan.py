@@ -160,15 +160,21 @@ class Plan:
         candidates = before + fresh
         page_ids = -(-before // self.page_size) * _ID_BYTES
         drops = after < candidates
-        moved = np.where(drops, after, fresh)  # tokens written
+        # tokens written: all of them, or at most the fresh ones and those beyond the new end
+        moved = np.minimum(after, fresh + np.maximum(0, before - after))
+        if self.policy.num_queries:
+            moved = np.where(drops, after, fresh)
         write = moved * _ID_BYTES + np.where(drops, moved * geometry.token_bytes, 0)
         scratch = np.maximum(page_ids, write)
         if self.policy.num_queries:
             queries = self.policy.num_queries
-            score = candidates * (queries * (number + 4) + 4)
-            places = after * 3 * _ID_BYTES
-            scratch = np.maximum(scratch, np.where(drops, np.maximum(score, write + places), 0))
-        return gather, geometry.heads * int(scratch[:-1].max(initial=0))
+            score = candidates * (queries * (4 if number == 4 else number + 4) + 4)
+            score = score + 2 * queries * geometry.head_dim * number
+            choose = candidates * 4 + after * (4 + 3 * _ID_BYTES)
+            move = write + after * _ID_BYTES
+            worst = np.maximum(np.maximum(score, choose), move)
+            scratch = np.maximum(scratch, np.where(drops & (after > 0), worst, 0))
+        return gather, geometry.heads * int(scratch.max())
 
 
 def running_total(after: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -136,8 +136,12 @@ class ScaleKV:
         centres = torch.from_numpy(patch_centres(step.schedule.sizes[step.scale], self.grid))
         centres = centres.to(step.keys.device)
         queries = step.queries[:, centres].transpose(1, 2) * step.softmax_scale
-        logits = queries @ step.keys.transpose(2, 3)  # [rows, heads, window, candidates]
-        scores = logits.softmax(dim=-1, dtype=torch.float32).sum(dim=2)
+        # softmax in place: [rows, heads, window, candidates] is the largest thing in here
+        weights = (queries @ step.keys.transpose(2, 3)).float()
+        weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
+        shares = weights.sum(dim=-1, keepdim=True).reciprocal_().transpose(2, 3)
+        scores = (shares @ weights).squeeze(2)  # [rows, heads, candidates]
+        del weights
         if self.pool > 1:
             scores = F.avg_pool1d(scores, self.pool, 1, self.pool // 2, count_include_pad=False)
         scores[:, :, cached + centres] = torch.inf

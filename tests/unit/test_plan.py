@@ -13,8 +13,8 @@ from kvruntime.catalogue import (
     find_model,
     infinity_schedule,
 )
-from kvruntime.plan import choose_policy, default_page_size, plan_generation
-from policies import CacheGeometry, Full, ScaleSchedule
+from kvruntime.plan import MAX_ROWS, choose_policy, default_page_size, plan_generation
+from policies import CacheGeometry, Full, ScaleKV, ScaleSchedule, SlidingWindow, load_preset
 from tests.support import RaggedPolicy, profile_of
 
 MIB = 2**20
@@ -185,6 +185,8 @@ def test_default_page_sizes():
 def test_presets_serve_their_model_only():
     assert choose_policy("scalekv", None, 40, "infinity-8b").published is not None
     assert choose_policy("scalekv", None, 40).published is None
+    assert plan("infinity-8b").policy.published == load_preset("infinity-8b")
+    assert plan("infinity-125m").policy.published is None
     full = Full()
     assert choose_policy(full, None, 40) is full
 
@@ -200,8 +202,72 @@ def test_scratch_of_a_policy_with_queries():
     rows, heads, dim = 2, 16, 64
     gather = max(42 + 256, 48) * heads * dim * 4
     candidates = 42 + 169
-    score = candidates * (16 * (2 + 4) + 4)
-    assert scored.workspace_bytes == rows * (gather + heads * score)
+    score = candidates * (16 * (2 + 4) + 4)  # bfloat16 products, float32 weights
+    queries = 2 * 16 * dim * 2
+    assert scored.workspace_bytes == rows * (gather + heads * (score + queries))
+
+
+def test_scratch_where_choosing_and_moving_weigh_more_than_scoring():
+    """One query, one head of 64 numbers: survivors in float32 K and V outweigh the scores."""
+    schedule = ScaleSchedule.of([8, 8, 1])
+    policy = ScaleKV(grid=1)
+    geometry = CacheGeometry(1, 1, 64, "float32", "float32")
+    made = plan_generation(geometry, schedule, policy, 100, 1, 16)
+    gather = 128 * 64 * 8
+    # 128 candidates, 100 kept: K and V, their slots, and the chosen places
+    assert made.workspace_bytes == gather + 100 * (64 * 8 + 8 + 8)
+    slim = CacheGeometry(1, 1, 1, "float32", "float32")
+    made = plan_generation(slim, schedule, policy, 100, 1, 16)
+    # scores of 4 bytes, then values, places, and both sorted
+    assert made.workspace_bytes == 128 * 8 + 128 * 4 + 100 * (4 + 24)
+    wide = plan_generation(slim, schedule, ScaleKV(grid=2), 100, 1, 16)
+    assert wide.workspace_bytes == 128 * 8 + max(128 * (4 * 4 + 4) + 2 * 4 * 4, 128 * 4 + 100 * 28)
+    # nothing dropped: only the slots of the fresh tokens, or the page ids
+    kept = plan_generation(slim, schedule, policy, 128, 1, 1)
+    assert kept.workspace_bytes == 129 * 8 + 128 * 8
+
+
+def test_scratch_of_a_policy_that_moves_little():
+    """A window of 20 over 16 + 16 tokens: 16 fresh ones take the places of the oldest."""
+    schedule = ScaleSchedule.of([4, 4, 1])
+    geometry = CacheGeometry(1, 1, 4, "float32", "bfloat16")
+    made = plan_generation(geometry, schedule, SlidingWindow(), 20, 1, 16)
+    moved = 16
+    assert made.workspace_bytes == 32 * 4 * 6 + moved * (8 + 4 * 6)
+    # a window of 5: all five are new
+    made = plan_generation(geometry, schedule, SlidingWindow(), 5, 1, 16)
+    assert made.workspace_bytes == 21 * 4 * 6 + 5 * (8 + 4 * 6)
+    # a layer that shrinks from 16 to 6 while 1 fresh token comes: at most 6 move
+    schedule = ScaleSchedule.of([4, (1, 1), 1])
+
+    class Shrinking(Full):
+        def lengths(self, schedule, geometry, budget):
+            return np.array([16, 6, 0]).reshape(3, 1, 1)
+
+    made = plan_generation(geometry, schedule, Shrinking(), 5, 1, 16)
+    assert made.workspace_bytes == 17 * 4 * 6 + 6 * (8 + 4 * 6)
+
+
+def test_max_rows_reserves_nothing_by_default_and_stops_somewhere():
+    made = plan("var-d16", 1)
+    assert made.max_rows(made.total_bytes) == 2
+    assert made.max_rows(made.total_bytes - 1) == 1
+    one_scale = plan_generation(CacheGeometry(1, 1, 1), ScaleSchedule.of([1]), Full(), 1, 1)
+    assert one_scale.max_rows(2**30) == MAX_ROWS == 2**20
+
+
+def test_one_picture_by_default():
+    assert plan("var-d16").rows == 2
+
+
+def test_profiles_by_object_or_file(tmp_path):
+    known = find_model("var-d16")
+    profile = profile_of(known.schedule, 16)
+    profile.save(tmp_path / "profile.json")
+    for given in (profile, tmp_path / "profile.json", str(tmp_path / "profile.json")):
+        chosen = choose_policy("scalekv", given, 16)
+        assert chosen.drafters and chosen.published is None
+        assert plan("var-d16", profile=given).policy == chosen
 
 
 def test_lengths_are_checked():
