@@ -132,15 +132,8 @@ class PagedKVCache:
             plan.require(self._memory)
         if self._plan is None or self._plan.rows != rows:
             self._pool = self._workspace = None  # the old one goes before the new one comes
-            pages = max(1, plan.peak_pages)
-            self._pool = Pool(pages, plan.page_size, plan.geometry, self._device)
-            size = plan.chunk_rows * plan.geometry.heads * plan.workspace_row_tokens
-            shape = (size * plan.geometry.head_dim,)
-            dtype = TORCH_DTYPES[plan.geometry.key_dtype]
-            self._workspace = (
-                torch.empty(shape, dtype=dtype, device=self._device),
-                torch.empty(shape, dtype=dtype, device=self._device),
-            )
+            with torch.inference_mode(False):  # they outlive a caller's inference_mode
+                self._make_tensors(plan)
             self._plan = plan
         assert self._pool is not None
         self._pool.allocator.reset_high_water()
@@ -154,7 +147,7 @@ class PagedKVCache:
         q, k, v: [rows, n, heads, head_dim], n the tokens of this scale, k as the model would cache
         it (rotated, normalised). Every query sees all cached tokens of its lane and all n fresh
         ones. Returns [rows, n, heads, head_dim]. Raises ScheduleError or ValueError for a call that
-        does not fit, changing nothing; any other failure closes the generation.
+        does not fit, changing nothing; any other failure closes the generation. No gradients.
         """
         run, plan = self._run, self._plan
         if run is None or plan is None:
@@ -169,12 +162,14 @@ class PagedKVCache:
                     f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}"
                 )
         try:
-            if len(run.chunks) == 1:
-                out = self._attend_chunk(run, run.tables[0][layer], q, k, v)
-            else:
-                out = torch.empty(shape, dtype=dtype, device=q.device)
-                for rows, tables in zip(run.chunks, run.tables, strict=True):
-                    out[rows] = self._attend_chunk(run, tables[layer], q[rows], k[rows], v[rows])
+            with torch.no_grad():  # a pool that autograd watches would hold every generation
+                if len(run.chunks) == 1:
+                    out = self._attend_chunk(run, run.tables[0][layer], q, k, v)
+                else:
+                    out = torch.empty(shape, dtype=dtype, device=q.device)
+                    for rows, tables in zip(run.chunks, run.tables, strict=True):
+                        chunk = q[rows], k[rows], v[rows]
+                        out[rows] = self._attend_chunk(run, tables[layer], *chunk)
             run.advance()
         except BaseException:
             self.close()
@@ -216,6 +211,18 @@ class PagedKVCache:
             workspace_bytes=plan.workspace_bytes if plan else 0,
             baseline_bytes=plan.baseline_bytes()["all_scales_bytes"] if plan else 0,
             timeline=tuple(self._timeline),
+        )
+
+    def _make_tensors(self, plan: Plan) -> None:
+        """The pool, and the workspace for one chunk of rows."""
+        pages = max(1, plan.peak_pages)
+        self._pool = Pool(pages, plan.page_size, plan.geometry, self._device)
+        size = plan.chunk_rows * plan.geometry.heads * plan.workspace_row_tokens
+        shape = (size * plan.geometry.head_dim,)
+        dtype = TORCH_DTYPES[plan.geometry.key_dtype]
+        self._workspace = (
+            torch.empty(shape, dtype=dtype, device=self._device),
+            torch.empty(shape, dtype=dtype, device=self._device),
         )
 
     def _attend_chunk(

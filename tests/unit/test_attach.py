@@ -116,6 +116,44 @@ def test_a_generation_abandoned_by_a_hand_written_sampler_is_closed_by_the_next(
         assert attached.stats.live_pages == 0
 
 
+def test_inference_mode_then_plain_then_gradients(tiny_model):
+    """One pool serves them all, and no generation is kept alive by autograd."""
+    own = tiny_model.generate(LABELS, seed=1)
+    with kvruntime.attach(tiny_model, "full", 1.0) as attached:
+        with torch.inference_mode():
+            assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+        assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+        attention = tiny_model.blocks[0].attention
+        attention.use_cache(True)
+        with torch.enable_grad():
+            attention(torch.randn(4, 1, 32, requires_grad=True))
+        pool = attached._cache._pool
+        assert not pool.keys.requires_grad and not attached._cache._workspace[0].requires_grad
+        attention.use_cache(False)
+        assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+
+
+def test_a_model_that_changes_its_number_format_while_attached(tiny_model):
+    with kvruntime.attach(tiny_model, "full", 1.0):
+        tiny_model.generate(LABELS, seed=1)
+        tiny_model.bfloat16()
+        ours = tiny_model.generate(LABELS, seed=1)
+    assert torch.equal(ours, tiny_model.generate(LABELS, seed=1))
+
+
+def test_attached_twice_at_once(tiny_model):
+    """The inner one serves; both are undone."""
+    before = every_attribute(tiny_model)
+    own = tiny_model.generate(LABELS, seed=1)
+    with kvruntime.attach(tiny_model, "full", 1.0) as outer:
+        with kvruntime.attach(tiny_model, "full", 1.0) as inner:
+            assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+        assert inner.stats.rows == 4 and outer.stats.rows == 0
+        assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+        assert outer.stats.rows == 4
+    assert every_attribute(tiny_model) == before
+
+
 def test_training_goes_the_models_own_way(tiny_model):
     inputs = torch.randn(2, 679, 16)
     wanted = tiny_model(LABELS, inputs)
