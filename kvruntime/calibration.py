@@ -28,9 +28,9 @@ def calibrate(
     """Run ``draw()`` on the model's uncompressed cache and measure every scale and layer.
 
     draw: calls the model's own sampler once or more; all rows of all calls are averaged over.
-    pictures: how many
-    it draws, for the record. top_share: K' of ScaleKV's index as a share of the history (K' is not
-    published). Costs about one more attention pass; holds at most 2^24 attention weights at a time.
+    pictures: how many it draws, for the record. top_share: K' of ScaleKV's index as a share of the
+    history (K' is not published). Costs about one more attention pass; holds at most 2^24 attention
+    weights at a time.
     """
     if not 0.0 < top_share <= 1.0:
         raise ValueError(f"top_share must be in (0, 1], got {top_share}")

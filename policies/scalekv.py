@@ -73,27 +73,30 @@ def patch_centres(size: tuple[int, ...], grid: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class ScaleKV:
-    """Layer budgets from drafter and refiner roles, tokens by the attention of 16 patch-centre
-    queries.
+    """Layer budgets by drafter and refiner roles, tokens by the attention of 16 patch centres.
 
-    drafters[n]: layers that are drafters when scale n reads the cache; scales past the end use the
-    last entry.
-    Empty: no statistics, every layer gets the same budget. published: budgets to use as they stand
-    when the
-    budget is the published one. pool: width of the average pooling over neighbouring scores, odd; 1
-    is none. Queries are the model's own, after norm and rotation, unlike the official code's raw
-    projection.
+    drafters[n]: the layers that are drafters when scale n reads the cache; scales past the end
+        use the last entry. Empty: no statistics, every layer gets the same budget.
+    published: budgets to use as they stand where budget and schedule are the published ones.
+    grid: the window is grid x grid queries of the current scale.
+    pool: width of the average pooling over neighbouring scores, odd; 1 is none.
+    refiner_share: least share of the budget that a refiner keeps; never below the window.
+
+    Queries are the model's own, after norm and rotation; the released code projects raw ones.
     """
 
     drafters: tuple[frozenset[int], ...] = ()
     published: Preset | None = None
     grid: int = 4
     pool: int = 1
+    refiner_share: float = 0.0
     name: str = "scalekv"
 
     def __post_init__(self) -> None:
         if self.grid <= 0:
             raise ValueError(f"grid must be positive, got {self.grid}")
+        if not 0.0 <= self.refiner_share <= 1.0:
+            raise ValueError(f"refiner_share must be in [0, 1], got {self.refiner_share}")
         if self.pool <= 0 or self.pool % 2 == 0:
             raise ValueError(f"pool must be odd and positive, got {self.pool}")
 
@@ -128,7 +131,8 @@ class ScaleKV:
             tokens = np.full(room.size, refiner, dtype=np.int64)
             tokens[list(drafters)] = drafter
             return np.minimum(tokens, room)
-        return split_budget(room, drafters, budget, floor=self.num_queries)
+        floor = max(self.num_queries, int(self.refiner_share * budget))
+        return split_budget(room, drafters, budget, floor)
 
     def select(self, step: Step) -> Tensor:
         """The window and the best scored others, per row and head, in the order they lie in."""

@@ -186,6 +186,9 @@ def test_scalekv_selects_the_window_and_the_most_attended_others(pool):
 def test_scalekv_parameters():
     with pytest.raises(ValueError, match="grid must be positive, got 0"):
         ScaleKV(grid=0)
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="refiner_share must be in"):
+            ScaleKV(refiner_share=share)
     for pool in (0, 2, -1):
         with pytest.raises(ValueError, match=f"pool must be odd and positive, got {pool}"):
             ScaleKV(pool=pool)
