@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class PageAllocator:
     """
 
     def __init__(self, num_pages: int) -> None:
+        num_pages = operator.index(num_pages)
         if num_pages <= 0:
             raise ValueError(f"num_pages must be positive, got {num_pages}")
         self.num_pages = num_pages
@@ -49,6 +51,7 @@ class PageAllocator:
 
         Raises OutOfPages, taking none, if fewer are free.
         """
+        count = operator.index(count)
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
         if count > self.num_free:

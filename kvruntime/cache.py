@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,16 @@ from torch import Tensor
 
 from allocator import BlockTable
 from kvruntime.attention import sdpa
-from kvruntime.errors import ScheduleError
-from kvruntime.plan import WORKSPACE_LIMIT, Plan, choose_policy, plan_generation
-from kvruntime.pool import TORCH_DTYPES, Pool
+from kvruntime.errors import KVRuntimeError, ScheduleError, WillNeverFit
+from kvruntime.plan import WORKSPACE_LIMIT, Plan, choose_policy, plan_generation, profile_note
+from kvruntime.pool import TORCH_DTYPES, Pool, free_bytes
 from kvruntime.scheduler import ScaleRecord, Scheduler
 from policies import CacheGeometry, Policy, Profile, ScaleSchedule, Step
 
-Observer = Callable[[int, int, Tensor, Tensor], None]
-"""Called with scale, layer, queries [rows, n, heads, head_dim] and keys [rows, heads, cached + n,
-head_dim].
-"""
+Observer = Callable[[int, int, int, Tensor, Tensor], None]
+"""Called after each step with scale, layer, first row, queries [rows, n, heads, head_dim] and keys
+[rows, heads, cached + n, head_dim], once for each chunk of rows. Keys are a view of the workspace:
+copy what you keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,12 @@ class PagedKVCache:
                 f"{sdpa.NAME} wants K and V in one dtype, got {geometry.key_dtype} and "
                 f"{geometry.value_dtype}"
             )
-        if memory is not None and memory <= 0:
-            raise ValueError(f"memory must be positive, got {memory}")
+        if memory is not None and (not isinstance(memory, int) or memory <= 0):
+            raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
+        if softmax_scale is not None and not math.isfinite(softmax_scale):
+            raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
         self._policy = choose_policy(policy, profile, geometry.layers)
-        self._profile_note = "none: all layers alike" if profile is None else "given"
+        self._profile_note = profile_note(policy, profile, schedule)
         # one row is planned now, so that a budget that cannot work is refused before anything is
         # drawn
         self._row_plan = plan_generation(
@@ -131,9 +134,18 @@ class PagedKVCache:
         if self._memory is not None:
             plan.require(self._memory)
         if self._plan is None or self._plan.rows != rows:
-            self._pool = self._workspace = None  # the old one goes before the new one comes
-            with torch.inference_mode(False):  # they outlive a caller's inference_mode
-                self._make_tensors(plan)
+            self._drop_tensors()  # the old ones go before the new ones come
+            try:
+                with torch.inference_mode(False):  # they outlive a caller's inference_mode
+                    self._make_tensors(plan)
+            except (
+                RuntimeError,
+                MemoryError,
+            ) as error:  # torch says RuntimeError, numpy MemoryError
+                self._drop_tensors()
+                free = free_bytes(self._device)
+                advice = "that much is free on the device: draw fewer at once or lower the budget"
+                raise WillNeverFit(plan.total_bytes, free, advice) from error
             self._plan = plan
         assert self._pool is not None
         self._pool.allocator.reset_high_water()
@@ -153,6 +165,8 @@ class PagedKVCache:
         if run is None or plan is None:
             raise ScheduleError("no generation is open: call open(rows) first")
         geometry = plan.geometry
+        if q.ndim != 4:
+            raise ValueError(f"q must be [rows, n, heads, head_dim], got {tuple(q.shape)}")
         shape = (q.shape[0], q.shape[1], geometry.heads, geometry.head_dim)
         run.expect(layer, q.shape[0], q.shape[1])
         dtype = TORCH_DTYPES[geometry.key_dtype]
@@ -161,15 +175,18 @@ class PagedKVCache:
                 raise ValueError(
                     f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}"
                 )
+            if part.device.type != self._device.type:
+                raise ValueError(f"{name} is on {part.device}, the pool on {self._device}")
         try:
-            with torch.no_grad():  # a pool that autograd watches would hold every generation
+            # a pool that autograd watches would hold every generation; autocast would round scores
+            with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
                 if len(run.chunks) == 1:
-                    out = self._attend_chunk(run, run.tables[0][layer], q, k, v)
+                    out = self._attend_chunk(run, run.tables[0][layer], 0, q, k, v)
                 else:
                     out = torch.empty(shape, dtype=dtype, device=q.device)
                     for rows, tables in zip(run.chunks, run.tables, strict=True):
                         chunk = q[rows], k[rows], v[rows]
-                        out[rows] = self._attend_chunk(run, tables[layer], *chunk)
+                        out[rows] = self._attend_chunk(run, tables[layer], rows.start, *chunk)
             run.advance()
         except BaseException:
             self.close()
@@ -181,8 +198,14 @@ class PagedKVCache:
         allowed.
         """
         run, self._run = self._run, None
-        if run is not None:
+        if run is None or self._pool is None:
+            return
+        try:
             run.close()
+        except KVRuntimeError:  # an interrupt in the middle of a table's change: see below
+            pass
+        if self._pool.allocator.num_live:  # pages that no table owns: a new pool has none
+            self._drop_tensors()
 
     def __enter__(self) -> PagedKVCache:
         return self
@@ -213,6 +236,9 @@ class PagedKVCache:
             timeline=tuple(self._timeline),
         )
 
+    def _drop_tensors(self) -> None:
+        self._plan = self._pool = self._workspace = None
+
     def _make_tensors(self, plan: Plan) -> None:
         """The pool, and the workspace for one chunk of rows."""
         pages = max(1, plan.peak_pages)
@@ -226,7 +252,7 @@ class PagedKVCache:
         )
 
     def _attend_chunk(
-        self, run: Scheduler, table: BlockTable, q: Tensor, k: Tensor, v: Tensor
+        self, run: Scheduler, table: BlockTable, first_row: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         """Gather, attend, compress: some rows of one layer."""
         pool = self._pool
@@ -242,7 +268,7 @@ class PagedKVCache:
         bias = self._hide_short_heads(table, keys, values) if table.is_ragged else None
         out = sdpa.attend(q, keys, values, bias, self._softmax_scale)
         if self._observer is not None:
-            self._observer(run.scale, run.layer, q, keys)
+            self._observer(run.scale, run.layer, first_row, q, keys)
         self._compress(run, pool, table, q, keys, values, bias)
         return out
 

@@ -51,31 +51,27 @@ class _Statistics:
         self._softmax_scale = softmax_scale
         self._top_share = top_share
         shape = (len(schedule), layers)
-        self._steps = torch.zeros(shape, dtype=torch.float64)
-        self._selectivity = torch.zeros(shape, dtype=torch.float64)
+        self._rows = torch.zeros(shape, dtype=torch.float64)
         self._similarity = torch.zeros(shape, dtype=torch.float64)
         self._cached_mass = torch.zeros(shape, dtype=torch.float64)
-        self._last_keys: dict[int, Tensor] = {}
+        self._best_mass = torch.zeros(shape, dtype=torch.float64)
+        self._last_keys: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, scale: int, layer: int, q: Tensor, keys: Tensor) -> None:
+    def __call__(self, scale: int, layer: int, first_row: int, q: Tensor, keys: Tensor) -> None:
+        rows = q.shape[0]
         fresh = keys[:, :, -q.shape[1] :].float()
-        self._steps[scale, layer] += 1
+        self._rows[scale, layer] += rows
         if scale:
-            index, mass = self._attention(q, keys)
-            self._selectivity[scale, layer] += index
-            self._cached_mass[scale, layer] += mass
-            self._similarity[scale, layer] += self._key_similarity(
-                scale, self._last_keys[layer], fresh
+            mass, best = self._attention(q, keys)
+            self._cached_mass[scale, layer] += rows * mass
+            self._best_mass[scale, layer] += rows * best
+            self._similarity[scale, layer] += rows * self._key_similarity(
+                scale, self._last_keys[layer, first_row], fresh
             )
-        self._last_keys[layer] = fresh.clone()
+        self._last_keys[layer, first_row] = fresh.clone()
 
     def _attention(self, q: Tensor, keys: Tensor) -> tuple[float, float]:
-        """ASI and the mass on cached tokens, over all rows, heads and queries of the scale.
-
-        ASI = E[mass on the current map] x E[mass of the K' best cached tokens] / E[mass on cached
-        tokens]. The paper's eq. 2 has no quotient; without it a layer that never looks back scores
-        like a drafter.
-        """
+        """Mass on the cached tokens and on the K' best of them, means over rows, heads, queries."""
         rows, fresh, heads, _ = q.shape
         cached = keys.shape[2] - fresh
         best = max(1, math.ceil(self._top_share * cached))
@@ -87,8 +83,8 @@ class _Statistics:
             weights = (part @ turned).softmax(dim=-1, dtype=torch.float32)[..., :cached]
             history += float(weights.sum())
             top += float(weights.topk(best, dim=-1, sorted=False).values.sum())
-        mass = history / (rows * fresh * heads)
-        return (1.0 - mass) * top / max(history, 1e-12), mass
+        count = rows * fresh * heads
+        return history / count, top / count
 
     def _key_similarity(self, scale: int, last: Tensor, fresh: Tensor) -> float:
         """Minus the mean distance of this scale's keys from the last scale's, resized (AMS-KV
@@ -105,20 +101,26 @@ class _Statistics:
         return -float((resized - fresh).norm(dim=-1).mean())
 
     def profile(self, name: str, pictures: int) -> Profile:
-        if not self._steps.all():
+        """ASI = E[mass on the current map] x E[mass of the K' best cached tokens] / E[cached mass].
+
+        ScaleKV's eq. 2 has no quotient; without it a layer that never looks back scores like a
+        drafter.
+        """
+        if not self._rows.all():
             raise ValueError("draw() did not run every scale and layer of the model's sampler")
 
-        def table(sums: Tensor) -> tuple[tuple[float, ...], ...]:
-            return tuple(tuple(round(x, 6) for x in line) for line in (sums / self._steps).tolist())
+        def table(values: Tensor) -> tuple[tuple[float, ...], ...]:
+            return tuple(tuple(round(x, 6) for x in line) for line in values.tolist())
 
+        mass, best = self._cached_mass / self._rows, self._best_mass / self._rows
         return Profile(
             version=1,
             model=name,
             sizes=self._schedule.sizes,
             pictures=pictures,
-            selectivity=table(self._selectivity),
-            similarity=table(self._similarity),
-            cached_mass=table(self._cached_mass),
+            selectivity=table((1.0 - mass) * best / mass.clamp_min(1e-12)),
+            similarity=table(self._similarity / self._rows),
+            cached_mass=table(mass),
         )
 
 

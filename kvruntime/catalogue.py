@@ -7,6 +7,7 @@ infinity/utils/dynamic_resolution.py (both FoundationVision).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from policies import CacheGeometry, ScaleSchedule
 
@@ -19,6 +20,7 @@ class Model:
     geometry: CacheGeometry
     schedule: ScaleSchedule
     rows_per_picture: int = 2
+    profile: Path | None = None  # of statistics that we ship
 
     def with_dtypes(self, key: str | None, value: str | None) -> Model:
         """The same model with other number formats for K and V."""
@@ -99,4 +101,6 @@ def find_model(name: str, resolution: str | None = None, aspect: str | None = No
         schedule = VAR_512 if key == "var-d36" else VAR_256
     layers, heads, head_dim = _LAYERS_HEADS_DIM[key]
     dtype = "float32" if key == "emoji64" else "bfloat16"
-    return Model(key, CacheGeometry(layers, heads, head_dim, dtype, dtype), schedule)
+    profile = Path(__file__).parent / "reference" / "profile.json" if key == "emoji64" else None
+    geometry = CacheGeometry(layers, heads, head_dim, dtype, dtype)
+    return Model(key, geometry, schedule, profile=profile)

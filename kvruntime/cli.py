@@ -18,7 +18,7 @@ from rich.table import Table
 from kvruntime.catalogue import ASPECT_RATIOS, MODEL_NAMES, RESOLUTIONS, find_model
 from kvruntime.errors import KVRuntimeError, OutOfPages, WillNeverFit
 from kvruntime.plan import Plan, plan
-from policies import DTYPE_BYTES, POLICY_NAMES
+from policies import AMSKV, DTYPE_BYTES, POLICY_NAMES, Policy, ScaleKV
 
 BAD_INPUT, NOT_ENOUGH_MEMORY = 2, 3
 _UNITS = {
@@ -67,11 +67,13 @@ def _exit_codes() -> Iterator[None]:
     """Errors as one line on stderr: exit code 3 for too little memory, 2 for bad input."""
     try:
         yield
-    except (WillNeverFit, OutOfPages) as error:
-        Console(stderr=True).print(f"not enough memory: {error}", style="red", markup=False)
+    except (WillNeverFit, OutOfPages, MemoryError) as error:
+        Console(stderr=True).print(
+            f"not enough memory: {error}", style="red", markup=False, soft_wrap=True
+        )
         raise typer.Exit(NOT_ENOUGH_MEMORY) from None
-    except (ValueError, KVRuntimeError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False)
+    except (ValueError, OverflowError, KVRuntimeError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None
 
 
@@ -99,9 +101,9 @@ def demo(
             raise ValueError(f"unknown policy {policy!r}; there are {', '.join(POLICY_NAMES)}")
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+        out.mkdir(parents=True, exist_ok=True)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             report, own, ours = run_demo(policy, parse_budget(budget), count, seed, dtype, progress)
-        out.mkdir(parents=True, exist_ok=True)
         save_picture(report, own, ours, out / "demo.png")
         (out / "demo.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         if as_json:
@@ -158,12 +160,20 @@ def plan_command(
             made.require(room)
 
 
+def _roles(policy: Policy) -> str:
+    """Where the roles of layers come from: a published preset, a profile, or nowhere."""
+    if isinstance(policy, ScaleKV):
+        return "preset" if policy.published else "profile" if policy.drafters else "none"
+    return "profile" if isinstance(policy, AMSKV) and policy.demanding else "none"
+
+
 def plan_report(model: str, made: Plan, room: int | None) -> dict[str, Any]:
     """The JSON of ``kvruntime plan``."""
     report: dict[str, Any] = {
         "version": 1,
         "model": model,
         "policy": made.policy.name,
+        "roles": _roles(made.policy),
         "budget_tokens": made.budget_tokens,
         "history_tokens": made.schedule.history,
         "key_dtype": made.geometry.key_dtype,

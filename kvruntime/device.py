@@ -43,6 +43,8 @@ def nvml_devices() -> tuple[list[dict[str, Any]], str | None]:
             name = str(pynvml.nvmlDeviceGetName(handle))
             devices.append({"name": name, "total_bytes": memory.total, "used_bytes": memory.used})
         return devices, None
+    except pynvml.NVMLError as error:
+        return [], f"the NVIDIA driver refused a question: {error}"
     finally:
         pynvml.nvmlShutdown()
 

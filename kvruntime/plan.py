@@ -25,6 +25,7 @@ from policies import (
 
 WORKSPACE_LIMIT = 256 * 2**20  # bytes; one row may exceed it, more rows may not
 MAX_ROWS = 2**20  # no search goes beyond; a schedule of one scale caches nothing
+_LARGEST = 2**30  # rows, or tokens in a page: beyond it is a slip of the hand
 _ID_BYTES = 8  # torch indexes with int64
 
 
@@ -202,12 +203,15 @@ def plan_generation(
     """
     page_size = default_page_size(schedule) if page_size is None else page_size
     for name, value in (("rows", rows), ("page_size", page_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST:
+            raise ValueError(f"{name} must be a positive integer up to 2^30, got {value!r}")
     if workspace_limit <= 0:
         raise ValueError(f"workspace_limit must be positive, got {workspace_limit}")
     tokens = schedule.resolve(budget)
-    lengths = policy.lengths(schedule, geometry, tokens)
+    if schedule.history:
+        lengths = policy.lengths(schedule, geometry, tokens)
+    else:  # a single scale caches nothing, whatever the budget
+        lengths = np.zeros((len(schedule), geometry.layers, geometry.heads), dtype=np.int64)
     check_lengths(lengths, schedule, geometry)
     if policy.num_queries == 0 and (lengths != lengths[:, :, :1]).any():
         raise ValueError(f"{policy.name} has no queries, so all heads of a layer must keep as many")
@@ -232,12 +236,27 @@ def choose_policy(
     it is.
     """
     if not isinstance(policy, str):
+        if profile is not None:
+            raise ValueError(f"{policy.name} is an object with roles of its own: give no profile")
         return policy
     if isinstance(profile, str | Path):
         profile = load_profile(profile)
     if profile is not None and profile.layers != layers:
         raise ValueError(f"the profile has {profile.layers} layers, the model {layers}")
     return make_policy(policy, profile, load_preset(model) if model else None)
+
+
+def profile_note(
+    policy: str | Policy, profile: Profile | str | Path | None, schedule: ScaleSchedule
+) -> str:
+    """Where the roles of a policy come from, for people."""
+    if not isinstance(policy, str):
+        return "the policy object's own"
+    if profile is None:
+        return "none: all layers alike"
+    if isinstance(profile, str | Path):
+        profile = load_profile(profile)
+    return "given" if profile.schedule == schedule else "given, made for another schedule"
 
 
 def plan(
@@ -259,6 +278,8 @@ def plan(
     known = find_model(model) if isinstance(model, str) else model
     if isinstance(batch, bool) or not isinstance(batch, int) or batch <= 0:
         raise ValueError(f"batch must be a positive integer, got {batch!r}")
+    if profile is None and isinstance(policy, str):
+        profile = known.profile
     chosen = choose_policy(policy, profile, known.geometry.layers, known.name)
     rows = batch * known.rows_per_picture
     result = plan_generation(known.geometry, known.schedule, chosen, budget, rows, page_size)

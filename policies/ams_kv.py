@@ -26,7 +26,7 @@ class AMSKV:
     """
 
     demanding: frozenset[int] = frozenset()
-    min_share: float = 0.5
+    min_share: float = 0.75
     condensed: int = 2
     name: str = "ams_kv"
     num_queries: int = 0
@@ -51,8 +51,8 @@ class AMSKV:
 
     def lengths(self, schedule: ScaleSchedule, geometry: CacheGeometry, budget: int) -> Lengths:
         capacities = self.capacities(geometry.layers, budget)
-        pinned = sum(schedule.tokens[: self.condensed])
-        if len(schedule) > self.condensed and capacities.min() < pinned:
+        pinned = sum(schedule.tokens[:-1][: self.condensed])
+        if capacities.min() < pinned:
             raise ValueError(
                 f"budget {budget} gives a layer {capacities.min()} tokens, the first "
                 f"{self.condensed} scales need {pinned}"
@@ -81,12 +81,12 @@ class AMSKV:
         return np.sort(np.argsort(-newest, kind="stable")[: int(step.keep[0])])
 
 
-def ams_kv_from(profile: Profile | None, share: float = 0.25, min_share: float = 0.5) -> AMSKV:
+def ams_kv_from(profile: Profile | None, share: float = 0.25, min_share: float = 0.75) -> AMSKV:
     """The ``share`` of layers whose keys change most from scale to scale demand cache (section
     2.1).
     """
     if profile is None:
         return AMSKV()
-    similarity = np.array(profile.similarity)[1:].mean(axis=0)
+    similarity = np.array(profile.similarity).mean(axis=0)  # 0 at scale 0, for all layers
     count = max(1, round(share * similarity.size))
     return AMSKV(frozenset(np.argsort(similarity, kind="stable")[:count].tolist()), min_share)

@@ -23,6 +23,8 @@ def drafters_from_selectivity(profile: Profile, share: float) -> tuple[frozenset
     Scale 0 reads no cache and has no roles.
     """
     selectivity = np.array(profile.selectivity)[1:]
+    if not selectivity.size:
+        return ()
     centred = selectivity - selectivity.mean(axis=1, keepdims=True)
     z = centred / (selectivity.std(axis=1, keepdims=True) + 1e-9)
     count = max(1, round(share * z.size))
@@ -152,10 +154,20 @@ class ScaleKV:
         return scores.topk(int(step.keep[0]), dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
-def scalekv_from(profile: Profile | None, preset: Preset | None, share: float = 0.1) -> ScaleKV:
-    """Roles from a profile, else from a published preset, else none."""
+def scalekv_from(
+    profile: Profile | None,
+    preset: Preset | None,
+    share: float = 0.1,
+    refiner_share: float = 0.8,
+) -> ScaleKV:
+    """Roles from a profile, else from a published preset, else none.
+
+    share of the pairs are drafters, refiners keep refiner_share of the budget: measured on the
+    bundled model (docs/policies.md). A preset follows the published rule, without such a floor.
+    """
     if profile is not None:
-        return ScaleKV(drafters_from_selectivity(profile, share))
+        roles = drafters_from_selectivity(profile, share)
+        return ScaleKV(roles, refiner_share=refiner_share)
     if preset is not None:
         early = (preset.drafters[0],) * preset.first_scale
         return ScaleKV(tuple(frozenset(roles) for roles in early + preset.drafters), preset)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +33,17 @@ class ScaleSchedule:
                 raise ValueError(f"a scale is 2 or 3 positive integers, got {size}")
 
     @classmethod
-    def of(cls, sizes: Iterable[int | tuple[int, ...]]) -> ScaleSchedule:
+    def of(cls, sizes: Iterable[Any]) -> ScaleSchedule:
         """From sides of square scales, (h, w) pairs or (t, h, w) triples, or a mixture."""
-        return cls(tuple((n, n) if isinstance(n, int) else tuple(n) for n in sizes))
+        plain = []
+        for size in sizes:
+            try:
+                numbers = (size, size) if isinstance(size, Integral) else tuple(size)
+                plain.append(tuple(operator.index(n) for n in numbers))
+            except TypeError:
+                message = f"a scale is a side, (h, w) or (t, h, w), all integers, got {size!r}"
+                raise ValueError(message) from None
+        return cls(tuple(plain))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -64,15 +75,15 @@ class ScaleSchedule:
     def resolve(self, budget: float) -> int:
         """A budget in tokens: a float is a fraction of the history in (0, 1], an int a token count.
 
-        Rounds down. Raises ValueError for NaN, for anything out of range, and where nothing would
-        be left.
+        More tokens than there are means all of them. Rounds down. Raises ValueError for NaN, for
+        anything out of range, and where nothing would be left.
         """
         if isinstance(budget, bool) or not isinstance(budget, int | float):
             raise ValueError(f"budget must be a number, got {budget!r}")
         if isinstance(budget, int):
             if budget <= 0:
                 raise ValueError(f"a budget in tokens must be positive, got {budget}")
-            return budget
+            return min(budget, self.total)
         if not 0.0 < budget <= 1.0:
             raise ValueError(f"a budget that is a fraction must be in (0, 1], got {budget}")
         tokens = int(budget * self.history + 1e-9)
@@ -93,8 +104,9 @@ class CacheGeometry:
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "head_dim"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value <= 0:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
         for dtype in (self.key_dtype, self.value_dtype):
             if dtype not in DTYPE_BYTES:
                 raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")

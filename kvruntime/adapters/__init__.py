@@ -12,7 +12,7 @@ from kvruntime.adapters import emoji, var
 from kvruntime.adapters.patching import Adapter, Attachment, ModelView, patched
 from kvruntime.cache import Observer
 from kvruntime.errors import UnsupportedModel
-from kvruntime.plan import choose_policy
+from kvruntime.plan import choose_policy, profile_note
 from policies import Policy, Profile
 
 _ADAPTERS: dict[str, Adapter] = {"FoundationVision/VAR": var, "kvruntime's bundled model": emoji}
@@ -57,10 +57,10 @@ def attach(
     touched.
     """
     seen = view(model)
-    if profile is None:
+    if profile is None and isinstance(policy, str):
         profile = seen.profile()
     chosen = choose_policy(policy, profile, len(seen.attentions))
-    note = "none: all layers alike" if profile is None else "given"
+    note = profile_note(policy, profile, seen.schedule)
     attachment = Attachment(seen, chosen, budget, note, page_size, memory, observer)
     with patched(seen, attachment):
         yield attachment

@@ -77,13 +77,22 @@ class Attachment:
         parameter = next(seen.model.parameters())
         self._cache = self._make_cache(parameter.dtype, parameter.device)
         self._made_for = (parameter.dtype, parameter.device)
+        self._last_stats: Stats | None = None
 
     @property
     def stats(self) -> Stats:
+        if self._last_stats is not None:
+            return self._last_stats
         return replace(self._cache.stats, profile=self._profile_note)
 
+    def detach(self) -> None:
+        """End the open generation and let the tensors go; ``stats`` stay."""
+        self.close()
+        self._last_stats = self.stats
+        self._cache = self._make_cache(*self._made_for)
+
     def plan(self, pictures: int, rows_per_picture: int = 2) -> Plan:
-        """What a generation of so many pictures will need."""
+        """What a generation of so many pictures will need, in the number format of the weights."""
         return self._cache.plan(pictures * rows_per_picture)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -125,6 +134,7 @@ def lacking(thing: object, path: str, names: tuple[str, ...]) -> list[str]:
 def patched(seen: ModelView, attachment: Attachment) -> Iterator[None]:
     """Route the attention modules through the attachment; restore every attribute at the end."""
     undo: list[tuple[nn.Module, str, object]] = []
+    caching = [bool(attention.caching) for attention in seen.attentions]
 
     def put(module: nn.Module, name: str, value: object) -> None:
         undo.append((module, name, module.__dict__.get(name, _ABSENT)))
@@ -139,12 +149,15 @@ def patched(seen: ModelView, attachment: Attachment) -> Iterator[None]:
         put(seen.model, seen.sampler, _closing(sampler, attachment, always=False))
         yield
     finally:
-        attachment.close()
+        attachment.detach()
         for module, name, value in reversed(undo):
             if value is _ABSENT:
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = value
+        for attention, before in zip(seen.attentions, caching, strict=True):
+            if attention.caching != before:  # a sampler that raised left its own cache switched on
+                getattr(attention, seen.toggle)(before)
 
 
 def _forward(

@@ -13,15 +13,18 @@ from kvruntime.reference.transformer import EmojiVAR
 from policies import load_profile
 
 FOLDER = Path(__file__).parent
+MAX_CLASS_BYTES = 2**16
 MAX_WEIGHT_BYTES = 64 * 2**20
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_classes(folder: Path = FOLDER) -> list[str]:
     """Names of the classes, by label. Raises ValueError for a file that is not a list of names."""
     path = folder / "classes.json"
     try:
-        classes = json.loads(path.read_bytes())
-    except ValueError as error:
+        classes = json.loads(path.read_bytes()[:MAX_CLASS_BYTES])
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{path}: not a list of names")
@@ -46,7 +49,7 @@ def load_model(dtype: torch.dtype = torch.float32, folder: Path = FOLDER) -> Emo
         names = ", ".join(sorted(weights.keys() ^ wanted.keys())[:3])
         raise ValueError(f"{path}: other tensors than the model's: {names} ...")
     for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
+        if tensor.shape != wanted[name].shape or tensor.dtype not in _DTYPES:
             raise ValueError(
                 f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"the model has {tuple(wanted[name].shape)}"

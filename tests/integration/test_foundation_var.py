@@ -72,7 +72,7 @@ def attributes(model):
         (name, key): id(value)
         for name, module in model.named_modules()
         for key, value in module.__dict__.items()
-        if not isinstance(value, dict | bool | type(None))
+        if not isinstance(value, dict)
     }
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import kvruntime
+from allocator import PageAllocator
 from kvruntime import PagedKVCache, ScheduleError, WillNeverFit
-from policies import POLICY_NAMES, CacheGeometry, ScaleSchedule
+from policies import POLICY_NAMES, CacheGeometry, Full, ScaleSchedule
 
 SCHEDULE = ScaleSchedule.of([1, 2, 3, 4, 5, 6, 8])
 GEOMETRY = CacheGeometry(2, 3, 8, "float32", "float32")
@@ -82,6 +83,10 @@ def test_calls_that_do_not_fit_change_nothing():
             cache.attend(0, q, k.double(), v)
         with pytest.raises(ValueError, match=r"v must be .*\(2, 1, 3, 8\), got .*\(2, 1, 3, 7\)"):
             cache.attend(0, q, k, v[..., :7])
+        with pytest.raises(ValueError, match=r"q must be \[rows, n, heads, head_dim\], got \(3,\)"):
+            cache.attend(0, torch.zeros(3), k, v)
+        with pytest.raises(ValueError, match="v is on meta, the pool on cpu"):
+            cache.attend(0, q, k, v.to("meta"))
         assert cache.is_open and cache.stats.live_pages == 0
         for scale in range(len(SCHEDULE)):
             for layer in range(2):
@@ -118,7 +123,11 @@ def test_a_pool_that_is_too_small_is_refused_before_anything_is_made(monkeypatch
         ({"budget": 15}, "below the window of 16"),
         ({"budget": 0.001}, "keeps none"),
         ({"page_size": 0}, "page_size must be a positive integer"),
-        ({"memory": 0}, "memory must be positive, got 0"),
+        ({"memory": 0}, "memory must be a positive number of bytes, got 0"),
+        ({"memory": math.nan}, "memory must be a positive number of bytes, got nan"),
+        ({"memory": "80GiB"}, "memory must be a positive number of bytes, got '80GiB'"),
+        ({"softmax_scale": math.nan}, "softmax_scale must be finite, got nan"),
+        ({"policy": Full(), "profile": "none.json"}, "give no profile"),
         ({"policy": "none"}, "unknown policy"),
         ({"geometry": CacheGeometry(1, 1, 8, "float32", "bfloat16")}, "K and V in one dtype"),
     ],
@@ -145,6 +154,71 @@ def test_the_pool_is_kept_for_the_same_number_of_rows_and_replaced_for_another()
     assert cache._pool is pool
     cache.open(3).close()
     assert cache._pool is not pool
+
+
+def test_no_memory_for_the_tensors_leaves_the_cache_usable():
+    cache = PagedKVCache(GEOMETRY, SCHEDULE, "full")
+    cache.open(2).close()
+    with pytest.raises(WillNeverFit, match="free on the device") as caught:
+        cache.open(2**28)
+    assert caught.value.needed > caught.value.total > 0
+    with cache.open(2):
+        cache.attend(0, *step(0))
+    cache.open(2).close()
+    assert cache.stats.peak_pages == 0
+
+
+@pytest.mark.parametrize("name", ["allocate", "release"])
+def test_an_interrupt_between_allocator_and_table_costs_the_pool_not_the_pages(monkeypatch, name):
+    """Pages that no table owns cannot be given back one by one: the pool goes as a whole."""
+    cache = PagedKVCache(GEOMETRY, SCHEDULE, "streaming_llm", 6, page_size=1)
+    method = getattr(PageAllocator, name)
+
+    def interrupted(self, pages):
+        method(self, pages)
+        raise KeyboardInterrupt
+
+    def generate():
+        for scale in range(len(SCHEDULE)):
+            for layer in range(2):
+                cache.attend(layer, *step(scale))
+
+    cache.open(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(PageAllocator, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate()
+    assert not cache.is_open and cache.stats.live_pages == 0
+    for _ in range(2):
+        with cache.open(2):
+            generate()
+        assert cache.stats.planned_pages == cache.stats.peak_pages > 0
+
+
+def test_autocast_does_not_reach_the_runtimes_own_arithmetic():
+    def outs(limit):
+        torch.manual_seed(0)
+        cache = PagedKVCache(GEOMETRY, SCHEDULE, "scalekv", 20, workspace_limit=limit)
+        with cache.open(2):
+            return [
+                cache.attend(layer, *step(scale))
+                for scale in range(len(SCHEDULE))
+                for layer in range(2)
+            ]
+
+    wanted = outs(2**28)
+    for limit in (1, 2**28):
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = outs(limit)
+        assert all(out.dtype == torch.float32 for out in ours)
+        for a, b in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_a_schedule_of_one_scale_plans_nothing(policy):
+    cache = PagedKVCache(GEOMETRY, ScaleSchedule.of([3]), policy)
+    assert cache.plan(2).peak_pages == 0
 
 
 def test_a_schedule_of_one_scale_needs_no_cache():

@@ -1,5 +1,7 @@
 """Calibration against whole attention matrices, which it never forms itself."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,8 +71,25 @@ def test_two_generations_are_averaged(tiny_model):
     one = calibrate(tiny_model, lambda: draw(0), 1, "tiny")
     two = calibrate(tiny_model, lambda: draw(1), 1, "tiny")
     both = calibrate(tiny_model, lambda: draw(0, 1), 2, "tiny")
-    mean = (one.selectivity[5][1] + two.selectivity[5][1]) / 2
-    assert both.selectivity[5][1] == pytest.approx(mean, abs=2e-6)
+    mean = (one.cached_mass[5][1] + two.cached_mass[5][1]) / 2
+    assert both.cached_mass[5][1] == pytest.approx(mean, abs=2e-6)
+
+
+def test_row_chunks_do_not_change_the_profile(tiny_model, monkeypatch):
+    def profile():
+        labels = torch.tensor([0, 1, 2])
+        return calibrate(tiny_model, lambda: tiny_model.generate(labels), 3, "tiny")
+
+    whole = profile()
+    limit = 700_000  # four rows, then two
+    monkeypatch.setattr(
+        "kvruntime.adapters.patching.PagedKVCache",
+        functools.partial(kvruntime.PagedKVCache, workspace_limit=limit),
+    )
+    chunked = profile()
+    for name in ("selectivity", "similarity", "cached_mass"):
+        for ours, theirs in zip(getattr(chunked, name), getattr(whole, name), strict=True):
+            assert ours == pytest.approx(theirs, abs=2e-6)
 
 
 def test_refusals(tiny_model):

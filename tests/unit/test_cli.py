@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from kvruntime import attach, plan
 from kvruntime.cli import app, parse_budget, parse_bytes
+from kvruntime.reference import load_model
 from policies import POLICY_NAMES
 
 
@@ -37,6 +40,36 @@ def test_plan_json_has_the_documented_names():
     assert report["rows"] == 16 and report["version"] == 1
     assert report["token_bytes"] // 2**20 == 8531
     assert report["baseline"]["history_bytes"] // 2**20 == 84328
+
+
+def test_a_budget_beyond_everything_keeps_everything():
+    result = run(*"plan var-d16 --policy sliding_window --json --budget".split(), "9" * 20)
+    assert json.loads(result.stdout)["budget_tokens"] == 680
+
+
+@pytest.mark.parametrize(
+    ("arguments", "roles"),
+    [
+        ("infinity-8b", "preset"),
+        ("infinity-125m", "none"),
+        ("emoji64", "profile"),
+        ("emoji64 --policy ams_kv", "profile"),
+        ("var-d16 --policy ams_kv", "none"),
+        ("emoji64 --policy full", "none"),
+    ],
+)
+def test_plan_says_where_the_roles_come_from(arguments, roles):
+    assert json.loads(run("plan", *arguments.split(), "--json").stdout)["roles"] == roles
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+def test_the_plan_of_the_bundled_model_is_what_its_demo_uses(policy):
+    made = plan("emoji64", 2, policy)
+    model = load_model()
+    with attach(model, policy) as attached:
+        model.generate(torch.tensor([0, 1]))
+    assert attached.stats.peak_pages == made.peak_pages
+    assert attached.stats.workspace_bytes == made.workspace_bytes
 
 
 def test_plan_says_how_many_rows_fit():
@@ -74,6 +107,11 @@ def test_plan_that_does_not_fit_exits_with_3_and_the_numbers():
         "plan infinity-8b --page-size 0",
         "plan infinity-8b --resolution 9M",
         "plan infinity-8b --profile /no/such/file.json",
+        "plan var-d16 --policy sliding_window --page-size 99999999999999999999",
+        "plan var-d16 --memory " + "9" * 400 + "GiB",
+        "demo --budget nan",
+        "demo --budget 10",
+        "demo --count 1000000000000000",
         "demo --policy lru",
         "demo --count 0",
         "demo --dtype int3",
@@ -83,7 +121,7 @@ def test_plan_that_does_not_fit_exits_with_3_and_the_numbers():
 )
 def test_bad_input_exits_with_2_and_one_message(arguments, tmp_path):
     result = run(*arguments.split(), *(["--out", str(tmp_path)] if "demo" in arguments else []))
-    assert result.exit_code == 2
+    assert result.exit_code == 2, result.stderr
     assert result.stdout == "" and result.stderr.strip()
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
@@ -91,6 +129,7 @@ def test_bad_input_exits_with_2_and_one_message(arguments, tmp_path):
 
 RUN_KEYS = {
     "psnr_db",
+    "identical_pictures",
     "kl",
     "planned_pages",
     "peak_pages",

@@ -171,6 +171,8 @@ def test_a_header_that_claims_the_sky(folder):
         (lambda w: w.update(evil=torch.zeros(1)), "other tensors than the model's: evil"),
         (lambda w: w.update(start=torch.zeros(3)), r"start is torch.float32 \(3,\)"),
         (lambda w: w.update(start=w["start"].int()), "start is torch.int32"),
+        (lambda w: w.update(start=w["start"].to(torch.float8_e4m3fn)), "start is torch.float8"),
+        (lambda w: w.update(start=w["start"].double() * 1e300), "start is torch.float64"),
         (lambda w: w.update(start=w["start"] * torch.nan), "start has numbers that are not finite"),
     ],
 )
@@ -197,7 +199,9 @@ def test_huge_weights_are_not_read(folder):
         load_model(folder=folder)
 
 
-@pytest.mark.parametrize("content", ["", "{}", '["a", 1]', "[", "3"])
+@pytest.mark.parametrize(
+    "content", ["", "{}", '["a", 1]', "[", "3", "[" * 200_000, " " * 2**17 + "[]"]
+)
 def test_damaged_classes(folder, content):
     (folder / "classes.json").write_text(content)
     with pytest.raises(ValueError, match=r"classes\.json"):

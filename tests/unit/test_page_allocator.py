@@ -28,6 +28,17 @@ def test_out_of_pages_says_how_many_and_what_to_do():
         allocator.allocate(3)
 
 
+@pytest.mark.parametrize("count", [1.5, float("nan"), "1", None])
+def test_counts_are_integers(count):
+    allocator = PageAllocator(2)
+    with pytest.raises(TypeError):
+        allocator.allocate(count)
+    allocator.check()
+    assert allocator.num_free == 2
+    with pytest.raises(TypeError):
+        PageAllocator(count)
+
+
 def test_ids_must_be_integers():
     allocator = PageAllocator(2)
     allocator.allocate(2)

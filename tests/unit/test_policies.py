@@ -261,6 +261,22 @@ def test_ams_kv_holds_whole_scales_within_the_budget(schedule, budget, layers, d
             assert rest == list(range(rest[0], rest[-1] + 1)) if rest else True
 
 
+@pytest.mark.parametrize(("sizes", "condensed"), [([4, 8], 2), ([4, 8, 9], 3)])
+def test_ams_kv_refuses_pinned_scales_beyond_the_budget(sizes, condensed):
+    with pytest.raises(ValueError, match="budget 5 gives a layer 5 tokens"):
+        AMSKV(condensed=condensed).lengths(ScaleSchedule.of(sizes), CacheGeometry(1, 1, 1), 5)
+
+
+def test_numpy_sides_make_a_schedule():
+    assert ScaleSchedule.of(np.array([1, 2])) == ScaleSchedule.of([1, (2, 2)])
+
+
+def test_a_profile_of_one_scale_gives_no_roles():
+    profile = profile_of(ScaleSchedule.of([3]), 4)
+    assert drafters_from_selectivity(profile, 0.5) == ()
+    assert len(ams_kv_from(profile).demanding) == 1
+
+
 def test_ams_kv_parameters():
     for share in (0.0, 1.1):
         with pytest.raises(ValueError, match="min_share must be in"):
@@ -280,7 +296,7 @@ def test_ams_kv_takes_the_layers_whose_keys_change_most():
 
 
 @pytest.mark.parametrize(
-    "sizes", [[], [0], [(1, 0)], [(1,)], [(1, 2, 3, 4)], [(1, -2)], [(1, 1.5)]]
+    "sizes", [[], [0], [(1, 0)], [(1,)], [(1, 2, 3, 4)], [(1, -2)], [(1, 1.5)], [1.5], [None]]
 )
 def test_schedules_are_validated(sizes):
     with pytest.raises(ValueError, match="a sc"):
@@ -290,9 +306,10 @@ def test_schedules_are_validated(sizes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 1, 1), "layers must be positive, got 0"),
-        ((1, -1, 1), "heads must be positive, got -1"),
-        ((1, 1, 0), "head_dim must be positive, got 0"),
+        ((0, 1, 1), "layers must be a positive integer, got 0"),
+        ((1, -1, 1), "heads must be a positive integer, got -1"),
+        ((1, 1, 0), "head_dim must be a positive integer, got 0"),
+        ((2.0, 1, 1), r"layers must be a positive integer, got 2\.0"),
         ((1, 1, 1, "int3"), "dtype 'int3' is not one of"),
     ],
 )
