@@ -23,7 +23,8 @@ class PageAllocator:
         num_live <= high_water <= num_pages
 
     Every call costs O(ids in the call), whatever the size of the pool, and changes everything or
-    nothing. Ids may come in any shape; those of one call must be distinct. For one thread.
+    nothing. Ids may come in any shape; those of one call must be distinct. For one thread: the
+    arrays that calls work in are made once, since fresh ones cost more than the work.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -35,15 +36,17 @@ class PageAllocator:
         self.high_water = 0
         self._stack: PageIds = np.arange(num_pages, dtype=np.int32)[::-1].copy()
         self._references: PageIds = np.arange(-num_pages, 0, dtype=np.int32)
+        self._marks: PageIds = np.arange(-1, -1 - 2 * num_pages, -1, dtype=np.int32)  # by place
+        self._ids = np.empty(num_pages, dtype=np.intp)
+        self._owners: PageIds = np.empty(num_pages, dtype=np.int32)
+        self._found: PageIds = np.empty(num_pages, dtype=np.int32)
 
     @property
     def num_live(self) -> int:
         return self.num_pages - self.num_free
 
     def references(self, pages: ArrayLike) -> PageIds:
-        """How many owners each page has, 0 for a free one. Raises PageStateError for a foreign
-        id.
-        """
+        """How many owners each page has, 0 for a free one. Raises PageStateError if foreign."""
         return np.maximum(self._references.take(self._known(pages)), 0)
 
     def allocate(self, count: int) -> PageIds:
@@ -58,7 +61,9 @@ class PageAllocator:
             raise OutOfPages(count, self.num_free, self.num_pages)
         self.num_free -= count
         pages = self._stack[self.num_free : self.num_free + count].copy()
-        self._references[pages.astype(np.intp)] = 1
+        ids = self._ids[:count]
+        ids[:] = pages
+        self._references[ids] = 1
         self.high_water = max(self.high_water, self.num_live)
         return pages
 
@@ -70,8 +75,8 @@ class PageAllocator:
         ids, owners = self._mark(pages)
         self._references[ids] = owners + 1
 
-    def release(self, pages: ArrayLike) -> PageIds:
-        """Drop a reference from each of these live pages; return those that became free.
+    def release(self, pages: ArrayLike) -> int:
+        """Drop a reference from each of these live pages; return how many became free.
 
         Raises PageStateError, dropping none, for a page that is free, foreign or named twice.
         """
@@ -79,11 +84,10 @@ class PageAllocator:
         if (owners > 1).any():
             self._references[ids] = owners - 1
             ids = ids[owners == 1]
-            self._references[ids] = self._marks(ids.size)
-        freed = ids.astype(np.int32)
-        self._stack[self.num_free : self.num_free + freed.size] = freed
-        self.num_free += freed.size
-        return freed
+            self._references[ids] = self._marks[self.num_free : self.num_free + ids.size]
+        self._stack[self.num_free : self.num_free + ids.size] = ids
+        self.num_free += ids.size
+        return ids.size
 
     def reset_high_water(self) -> None:
         """Count the high-water mark from the pages live now."""
@@ -100,8 +104,8 @@ class PageAllocator:
         )
         assert self.num_live <= self.high_water <= self.num_pages, "high-water mark out of range"
 
-    def _known(self, pages: ArrayLike) -> NDArray[np.intp]:
-        """The ids as a flat index array, each in range."""
+    def _known(self, pages: ArrayLike) -> NDArray[Any]:
+        """The ids as a flat array of integers, each in range."""
         given: NDArray[Any] = np.asarray(pages).ravel()
         if given.size == 0:
             return np.empty(0, dtype=np.intp)
@@ -111,11 +115,7 @@ class PageAllocator:
         if low < 0 or high >= self.num_pages:
             foreign = low if low < 0 else high
             raise PageStateError(f"page {foreign} is not one of the {self.num_pages} of this pool")
-        return given.astype(np.intp)
-
-    def _marks(self, count: int) -> PageIds:
-        """The entries of ``count`` pages that come to lie on top of the free stack."""
-        return np.arange(-1 - self.num_free, -1 - self.num_free - count, -1, dtype=np.int32)
+        return given
 
     def _mark(self, pages: ArrayLike) -> tuple[NDArray[np.intp], PageIds]:
         """The ids as a flat index array and their owners; each id in range, live and named once.
@@ -123,14 +123,19 @@ class PageAllocator:
         Leaves each entry as if its page lay on top of the free stack: of an id named twice only
         one mark survives, which is how it is found. The caller writes the entries it wants.
         """
-        ids = self._known(pages)
-        owners = self._references.take(ids)
+        given = self._known(pages)
+        if given.size > self.num_pages:
+            raise PageStateError(f"{given.size} ids for {self.num_pages} pages: one is named twice")
+        ids, owners = self._ids[: given.size], self._owners[: given.size]
+        found = self._found[: given.size]
+        marks = self._marks[self.num_free : self.num_free + given.size]
+        ids[:] = given
+        self._references.take(ids, out=owners, mode="clip")  # in range; "clip" spares a copy
         if (owners <= 0).any():
             raise PageStateError(f"page {ids[owners <= 0][0]} is free already; nothing was changed")
-        marks = self._marks(ids.size)
         self._references[ids] = marks
-        lost = self._references.take(ids) != marks
-        if lost.any():
+        self._references.take(ids, out=found, mode="clip")
+        if (found != marks).any():
             self._references[ids] = owners
-            raise PageStateError(f"page {ids[lost][0]} is named twice in one call")
+            raise PageStateError(f"page {ids[found != marks][0]} is named twice in one call")
         return ids, owners

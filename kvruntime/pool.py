@@ -25,6 +25,17 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """The same bytes as 16-byte numbers where a token is a multiple of that, so that indexing,
+    which copies number by number, has fewer of them to copy.
+    """
+    width = 16 // tensor.element_size()
+    offsets = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
+    if any(offset % width for offset in offsets):
+        return tensor
+    return tensor.view(torch.complex128)
+
+
 class Pool:
     """Two tensors [num_pages, page_size, head_dim], shared by all layers, and who owns which page.
 
@@ -49,8 +60,9 @@ class Pool:
         ids = torch.from_numpy(table.pages.astype(np.int64)).to(self.keys.device)
         count, size = ids.shape[2], self.page_size
         for pages, into in ((self.keys, keys), (self.values, values)):
-            places = into[:, :, : count * size].view(*ids.shape, size * into.shape[3])
-            torch.ops.aten.index.Tensor_out(pages.flatten(1), [ids], out=places)
+            into = _wide(into[:, :, : count * size])
+            places = into.view(*ids.shape, size * into.shape[3])
+            torch.ops.aten.index.Tensor_out(_wide(pages).flatten(1), [ids], out=places)
 
     def write(
         self, table: BlockTable, places: slice | NDArray[np.int64], k: Tensor, v: Tensor
@@ -77,8 +89,8 @@ class Pool:
 
     def _put(self, slots: NDArray[np.int64], k: Tensor, v: Tensor) -> None:
         where = torch.from_numpy(slots).to(self.keys.device)
-        self.keys.flatten(0, 1)[where] = k
-        self.values.flatten(0, 1)[where] = v
+        for pages, new in ((self.keys, k), (self.values, v)):
+            _wide(pages).flatten(0, 1)[where] = _wide(new)
 
     def _own(self, table: BlockTable, first_token: int) -> None:
         """Copy-on-write: give the table pages of its own from ``first_token`` on."""

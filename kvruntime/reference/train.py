@@ -171,7 +171,7 @@ def train_transformer(
 def main(
     out: Annotated[Path, typer.Option(help="folder for checkpoints and weights")] = Path("trained"),
     tokenizer_steps: int = 2200,
-    steps: int = 9000,
+    steps: int = 4800,
     compile_model: Annotated[bool, typer.Option(help="torch.compile and bf16 autocast")] = True,
 ) -> None:
     """Render the pictures, train tokenizer and transformer, write emoji64.safetensors and

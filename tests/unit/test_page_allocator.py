@@ -50,9 +50,21 @@ def test_ids_must_be_integers():
 def test_empty_calls_are_allowed():
     allocator = PageAllocator(2)
     assert allocator.allocate(0).size == 0
-    assert allocator.release([]).size == 0
+    assert allocator.release([]) == 0
     assert allocator.references([]).size == 0
     allocator.retain(np.empty((0, 3)))
+
+
+def test_more_ids_than_pages():
+    allocator = PageAllocator(2)
+    allocator.allocate(2)
+    for method in (allocator.release, allocator.retain):
+        with pytest.raises(PageStateError, match="3 ids for 2 pages: one is named twice"):
+            method([0, 1, 1])
+        with pytest.raises(PageStateError, match="page 1 is named twice"):
+            method([1, 1])
+    allocator.check()
+    assert allocator.references([0, 1]).tolist() == [1, 1]
 
 
 def test_an_allocated_array_is_the_callers_own():
