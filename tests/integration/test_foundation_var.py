@@ -83,9 +83,9 @@ def test_full_is_bit_identical_and_detach_restores(var, autocast):
     own_attention(var)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         own = draw(var)
-        before = attributes(var)
         for block, flag in zip(var.blocks, found, strict=True):
             block.attn.using_xform = flag  # attach() must not depend on what upstream found
+        before = attributes(var)
         for _ in range(2):
             with kvruntime.attach(var, "full", 1.0) as attached:
                 assert torch.equal(draw(var), own)
