@@ -243,7 +243,7 @@ def choose_policy(
         profile = load_profile(profile)
     if profile is not None and profile.layers != layers:
         raise ValueError(f"the profile has {profile.layers} layers, the model {layers}")
-    return make_policy(policy, profile, load_preset(model) if model else None)
+    return make_policy(policy, profile, load_preset(model))
 
 
 def profile_note(

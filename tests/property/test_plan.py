@@ -110,6 +110,7 @@ def test_the_workspace_is_bounded_and_holds_every_step(plan):
 def test_running_total(scales, layers, seed):
     after = np.random.default_rng(seed).integers(0, 50, (scales, layers))
     totals = running_total(after)
+    assert totals.dtype == np.int64
     for scale in range(scales):
         for layer in range(layers):
             earlier = after[scale - 1, layer + 1 :].sum() if scale else 0

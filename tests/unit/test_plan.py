@@ -13,7 +13,7 @@ from kvruntime.catalogue import (
     find_model,
     infinity_schedule,
 )
-from kvruntime.plan import MAX_ROWS, choose_policy, default_page_size, plan_generation
+from kvruntime.plan import MAX_ROWS, choose_policy, default_page_size, plan_generation, profile_note
 from policies import CacheGeometry, Full, ScaleKV, ScaleSchedule, SlidingWindow, load_preset
 from tests.support import RaggedPolicy, profile_of
 
@@ -164,7 +164,9 @@ def test_memory_is_required_before_anything_is_made():
         plan("infinity-8b", fits // 2 + 1, memory=80 * 2**30)
     assert caught.value.total == 80 * 2**30 < caught.value.needed
     assert f"{fits} of" in str(caught.value)
-    with pytest.raises(WillNeverFit, match="lower the budget or the resolution"):
+    with pytest.raises(
+        WillNeverFit, match=r": not one row fits: lower the budget or the resolution$"
+    ):
         plan("infinity-8b", 1, memory=10 * MIB)
     with pytest.raises(WillNeverFit):
         plan("infinity-8b", 8, memory=80 * 2**30, reserved=79 * 2**30)
@@ -228,6 +230,55 @@ def test_scratch_where_choosing_and_moving_weigh_more_than_scoring():
     # nothing dropped: only the slots of the fresh tokens, or the page ids
     kept = plan_generation(slim, schedule, policy, 128, 1, 1)
     assert kept.workspace_bytes == 129 * 8 + 128 * 8
+
+
+def test_scratch_at_the_edges():
+    slim = CacheGeometry(1, 1, 1, "float32", "float32")
+    # six scales of a token: the last one gathers five tokens from three pages of two
+    made = plan_generation(slim, ScaleSchedule.of([1] * 6), Full(), 1, 1, 2)
+    assert made.workspace_bytes == 6 * 8 + 3 * 8
+    schedule = ScaleSchedule.of([8, 8, 1])
+    made = plan_generation(slim, schedule, ScaleKV(), 100, 1, 16)
+    assert made.workspace_bytes == 128 * 8 + 128 * (16 * 4 + 4) + 2 * 16 * 4
+    # one token kept
+    made = plan_generation(slim, schedule, ScaleKV(grid=1), 1, 1, 16)
+    assert made.workspace_bytes == 65 * 8 + 65 * (4 + 4) + 2 * 4
+    # nothing kept
+    made = plan_generation(slim, ScaleSchedule.of([3]), ScaleKV(), 0.5, 1)
+    assert made.workspace_bytes == 9 * 8
+
+
+def test_the_largest_and_the_least():
+    schedule = ScaleSchedule.of([1, 2])
+    slim = CacheGeometry(1, 1, 1)
+    made = plan_generation(slim, schedule, Full(), 1, 2**30, 2**30, 1)
+    assert made.peak_pages == 2**30 and made.chunk_rows == 1
+    for rows, page_size in ((2**30 + 1, 1), (1, 2**30 + 1)):
+        with pytest.raises(ValueError, match=r"positive integer up to 2\^30, got 1073741825"):
+            plan_generation(slim, schedule, Full(), 1, rows, page_size)
+
+
+def test_a_policy_object_has_roles_of_its_own():
+    profile = profile_of(find_model("var-d16").schedule, 16)
+    with pytest.raises(ValueError, match=r"^full is an object with roles of its own: give no"):
+        choose_policy(Full(), profile, 16)
+
+
+def test_where_roles_come_from(tmp_path):
+    schedule = find_model("var-d16").schedule
+    profile = profile_of(schedule, 16)
+    profile.save(tmp_path / "p.json")
+    assert profile_note(Full(), None, schedule) == "the policy object's own"
+    assert profile_note("scalekv", None, schedule) == "none: all layers alike"
+    for given in (profile, tmp_path / "p.json", str(tmp_path / "p.json")):
+        assert profile_note("scalekv", given, schedule) == "given"
+        other = ScaleSchedule.of([1, 2])
+        assert profile_note("scalekv", given, other) == "given, made for another schedule"
+
+
+def test_the_bundled_models_profile_is_used():
+    assert plan("emoji64").policy.drafters
+    assert not plan("emoji64", policy=ScaleKV()).policy.drafters
 
 
 def test_scratch_of_a_policy_that_moves_little():
