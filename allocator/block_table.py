@@ -57,7 +57,8 @@ class BlockTable:
             raise ValueError(f"lengths must be {self.lengths.size} integers, got {lengths!r}")
         if (wanted < 0).any():
             raise ValueError(f"lengths must not be negative, got {wanted.tolist()}")
-        old, new = self.num_pages, -(-wanted.astype(np.int64) // self.page_size)
+        wanted = wanted.astype(np.int64)
+        old, new = self.num_pages, -(-wanted // self.page_size)
         rows, heads, capacity = self.pages.shape
         table = np.zeros((rows, heads, max(capacity, int(new.max()))), dtype=np.int32)
         table[:, :, :capacity] = self.pages
@@ -77,7 +78,7 @@ class BlockTable:
         if count:
             table[:, take] = self._allocator.allocate(count).reshape(rows, -1)
         self.pages = table[:, :, : int(new.max())]
-        self.lengths = wanted.astype(np.int64)
+        self.lengths = wanted
 
     def share(self) -> BlockTable:
         """A second table over the same pages, each with one more reference (a fork)."""

@@ -59,6 +59,14 @@ def test_the_table_does_not_keep_the_callers_array():
     assert table.lengths.tolist() == [4, 4]
 
 
+def test_a_new_table_is_empty_and_keeps_its_number_formats():
+    table = BlockTable(PageAllocator(9), 3, 2, 4)
+    assert table.pages.shape == (3, 2, 0) and table.pages.dtype == np.int32
+    assert table.lengths.dtype == np.int64
+    table.resize(np.array([5, 0], dtype=np.int32))
+    assert table.pages.dtype == np.int32 and table.lengths.dtype == np.int64
+
+
 def test_the_row_of_ids_shrinks_with_the_lanes():
     table = BlockTable(PageAllocator(9), 1, 2, 1)
     table.resize([4, 2])
@@ -69,10 +77,13 @@ def test_the_row_of_ids_shrinks_with_the_lanes():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda table: table.pages.__setitem__((0, 0, 0), table.pages[0, 1, 0]), "one page"),
-        (lambda table: table.pages.__setitem__((0, 1, 1), 3), "past the end"),
-        (lambda table: table.pages.__setitem__((0, 0, 0), 8), "owns a free page"),
-        (lambda table: table.lengths.__setitem__(0, 99), "lost a page"),
+        (
+            lambda table: table.pages.__setitem__((0, 0, 0), table.pages[0, 1, 0]),
+            r"^two lanes own one page$",
+        ),
+        (lambda table: table.pages.__setitem__((0, 1, 1), 3), r"^an id past the end$"),
+        (lambda table: table.pages.__setitem__((0, 0, 0), 8), r"^a lane owns a free page$"),
+        (lambda table: table.lengths.__setitem__(0, 99), r"^a lane lost a page$"),
     ],
 )
 def test_check_notices(damage, message):
