@@ -50,6 +50,14 @@ def test_ids_must_be_integers():
     assert allocator.num_live == 2
 
 
+def test_the_books_are_int32_and_as_long_as_the_pool():
+    allocator = PageAllocator(5)
+    assert allocator.references([0, 4]).dtype == allocator.allocate(1).dtype == np.int32
+    for book in (allocator._stack, allocator._references, allocator._owners, allocator._found):
+        assert book.dtype == np.int32 and book.size == 5
+    assert allocator._marks.dtype == np.int32 and allocator._marks.size == 10
+
+
 def test_empty_calls_are_allowed():
     allocator = PageAllocator(2)
     assert allocator.allocate(0).size == 0
