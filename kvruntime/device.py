@@ -63,7 +63,7 @@ def doctor() -> dict[str, Any]:
         },
         "cuda": {"available": torch.cuda.is_available(), "nvml": devices, "why_no_nvml": no_nvml},
         "backends": {
-            sdpa.NAME: {"available": True, "reasons": []},
+            sdpa.SDPA.name: {"available": True, "reasons": []},
             "xformers-paged": {
                 "available": False,
                 "reasons": [

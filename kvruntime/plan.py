@@ -10,6 +10,13 @@ from numpy.typing import NDArray
 
 from kvruntime.catalogue import Model, find_model
 from kvruntime.errors import WillNeverFit
+from kvruntime.formats import (
+    RowFormat,
+    default_start,
+    exact_page_size,
+    row_format,
+    stored_bytes,
+)
 from policies import (
     DTYPE_BYTES,
     CacheGeometry,
@@ -27,6 +34,8 @@ WORKSPACE_LIMIT = 256 * 2**20  # bytes; one row may exceed it, more rows may not
 MAX_ROWS = 2**20  # no search goes beyond; a schedule of one scale caches nothing
 _LARGEST = 2**30  # rows, or tokens in a page: beyond it is a slip of the hand
 _ID_BYTES = 8  # torch indexes with int64
+_COEFFICIENT_BYTES = 28  # scratch of one group of a row: scale and shift in several formats
+SLICE_TOKENS = 1024  # rows of a lane that are quantised, or turned back, at a time
 
 
 def default_page_size(schedule: ScaleSchedule) -> int:
@@ -40,6 +49,8 @@ class Plan:
 
     lengths: tokens of each lane after (scale, layer), int64 [scales, layers, heads].
     row_pages: pages one row holds after each (scale, layer) event, int64 [scales, layers].
+    row: how pages are quantised from ``start_scale`` on; None if they never are, and then
+        start_scale is the number of scales.
     Always: peak_pages == rows * max(row_pages); page_bytes == peak_pages * bytes of a page.
     """
 
@@ -52,6 +63,24 @@ class Plan:
     workspace_limit: int
     lengths: Lengths
     row_pages: NDArray[np.int64]
+    row: RowFormat | None
+    start_scale: int
+
+    @property
+    def exact_page_size(self) -> int:
+        """Tokens in a page before start_scale: all pages are equally large in bytes."""
+        return exact_page_size(self.geometry, self.row, self.page_size)
+
+    @property
+    def page_tokens(self) -> NDArray[np.int64]:
+        """Tokens in a page after each scale, [scales]."""
+        exact = np.arange(len(self.schedule)) < self.start_scale
+        return np.where(exact, self.exact_page_size, self.page_size).astype(np.int64)
+
+    def longest_table(self, is_quantised: bool) -> int:
+        """Most pages of one lane that are ever read in that format, at least 1."""
+        pages, _, quantised = self._read()
+        return max(1, int(np.where(quantised == is_quantised, pages, 0).max()))
 
     @property
     def peak_pages(self) -> int:
@@ -60,19 +89,18 @@ class Plan:
     @property
     def page_bytes(self) -> int:
         """Bytes of the pool: every page that is live at the peak."""
-        return self.peak_pages * self.page_size * self.geometry.token_bytes
+        return self.peak_pages * self.page_size * stored_bytes(self.geometry, self.row)
 
     @property
     def token_bytes(self) -> int:
         """Bytes of the tokens kept after a scale, at the worst scale: what the papers count."""
-        kept = int(self.lengths.sum(axis=(1, 2)).max())
-        return self.rows * kept * self.geometry.token_bytes
+        return self.rows * int((self.lengths.sum(axis=(1, 2)) * self._unit()).max())
 
     @property
     def peak_token_bytes(self) -> int:
         """The same at the worst (scale, layer): drafters may grow before refiners have shrunk."""
-        per_layer = self.lengths.sum(axis=2)
-        return self.rows * int(running_total(per_layer).max()) * self.geometry.token_bytes
+        per_layer = self.lengths.sum(axis=2) * self._unit()[:, None]
+        return self.rows * int(running_total(per_layer).max())
 
     @property
     def chunk_rows(self) -> int:
@@ -116,6 +144,11 @@ class Plan:
             "with_cat_copy_bytes": both * schedule.total + copying,
         }
 
+    def for_rows(self, rows: int) -> Plan:
+        """The same generation with other rows. Raises ValueError for bad ones."""
+        _check_positive("rows", rows)
+        return replace(self, rows=rows)
+
     def max_rows(self, memory: int, reserved: int = 0) -> int:
         """The most rows whose pool and workspace fit in ``memory`` bytes less ``reserved``, up to
         MAX_ROWS; 0 if none do.
@@ -140,42 +173,79 @@ class Plan:
             )
             raise WillNeverFit(self.total_bytes, memory - reserved, advice)
 
+    def _unit(self) -> NDArray[np.int64]:
+        """Bytes of one kept token after each scale, [scales]."""
+        exact = np.arange(len(self.schedule)) < self.start_scale
+        quantised = stored_bytes(self.geometry, self.row)
+        return np.where(exact, self.geometry.token_bytes, quantised).astype(np.int64)
+
     def _before(self) -> Lengths:
         return np.concatenate([np.zeros_like(self.lengths[:1]), self.lengths[:-1]])
+
+    def _read(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Pages that the longest lane is read from, [scales, layers]; how many tokens they hold,
+        and whether they are quantised, [scales, 1].
+        """
+        size = np.concatenate([[1], self.page_tokens[:-1]])[:, None]
+        pages: NDArray[np.int64] = -(-self._before().max(axis=2) // size)
+        return pages, size, (np.arange(len(self.schedule)) > self.start_scale)[:, None]
 
     def _gathered(self) -> NDArray[np.int64]:
         """Token places a lane needs in the workspace at each (scale, layer)."""
         longest = self._before().max(axis=2)
-        whole_pages = -(-longest // self.page_size) * self.page_size
+        pages, size, quantised = self._read()
         fresh = np.array(self.schedule.tokens)[:, None]
+        whole_pages = np.where(quantised, 0, pages * size)  # quantised ones are cut to the tokens
         places: NDArray[np.int64] = np.maximum(whole_pages, longest + fresh)
         return places
 
     def _row_bytes(self) -> tuple[int, int]:
         """Bytes of one row: the gather workspace, and the scratch of the worst (scale, layer)."""
         geometry = self.geometry
-        gather = self.workspace_row_tokens * geometry.heads * geometry.token_bytes
+        gather = self.workspace_row_tokens * geometry.token_bytes
         number = DTYPE_BYTES[geometry.key_dtype]
+        token = geometry.head_dim * number  # one token of K or of V, which are moved in turn
         before, after = self._before().max(axis=2), self.lengths.max(axis=2)
         fresh = np.array(self.schedule.tokens)[:, None]
+        scales = np.arange(len(self.schedule))[:, None]
         candidates = before + fresh
-        page_ids = -(-before // self.page_size) * _ID_BYTES
         drops = after < candidates
-        # tokens written: all of them, or at most the fresh ones and those beyond the new end
+        # tokens written: at most the fresh ones and those beyond the new end; all of them where
+        # heads choose for themselves, and where a lane changes its format
         moved = np.minimum(after, fresh + np.maximum(0, before - after))
         if self.policy.num_queries:
             moved = np.where(drops, after, fresh)
-        write = moved * _ID_BYTES + np.where(drops, moved * geometry.token_bytes, 0)
-        scratch = np.maximum(page_ids, write)
+        moved = np.where(scales == self.start_scale, after, moved)
+        pages, size, quantised = self._read()
+        beyond = np.clip(before - after, 0, after if self.policy.num_queries == 0 else 0)
+        uploaded = (pages + 1 + moved + beyond) * _ID_BYTES  # table, length, slots to and from
+        read = np.zeros_like(before)
+        write = np.where(drops, moved * token, 0)
+        if self.row is not None:  # a slice of rows at a time is quantised or read
+            row = self.row.row_bytes(geometry.head_dim)
+            codes = geometry.head_dim * self.row.bits // 8
+            passing = row + 2 * codes + self.row.groups * _COEFFICIENT_BYTES
+            read = np.where(quantised, np.minimum(pages * size, SLICE_TOKENS) * passing, 0)
+            passing += token + 5 * geometry.head_dim
+            sliced = np.minimum(moved, SLICE_TOKENS) * passing
+            write = np.where(
+                scales < self.start_scale, write, moved * (row + 3 * _ID_BYTES) + sliced
+            )
+        scratch = np.maximum(read, write)
         if self.policy.num_queries:
             queries = self.policy.num_queries
             score = candidates * (queries * (4 if number == 4 else number + 4) + 4)
-            score = score + 2 * queries * geometry.head_dim * number
+            score = score + 2 * queries * token
             choose = candidates * 4 + after * (4 + 3 * _ID_BYTES)
             move = write + after * _ID_BYTES
             worst = np.maximum(np.maximum(score, choose), move)
             scratch = np.maximum(scratch, np.where(drops & (after > 0), worst, 0))
-        return gather, geometry.heads * int(scratch.max())
+        return geometry.heads * gather, geometry.heads * int((scratch + uploaded).max())
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST:
+        raise ValueError(f"{name} must be a positive integer up to 2^30, got {value!r}")
 
 
 def running_total(after: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -195,16 +265,17 @@ def plan_generation(
     rows: int,
     page_size: int | None = None,
     workspace_limit: int = WORKSPACE_LIMIT,
+    row: RowFormat | None = None,
+    start_scale: int | None = None,
 ) -> Plan:
     """The plan of one generation of ``rows`` rows. O(scales x layers x heads); allocates no tensor.
 
-    budget: a float is a fraction of the history, an int a token count. Raises ValueError for bad
-    arguments.
+    budget: a float is a fraction of the history, an int a token count. row, start_scale: pages are
+    quantised like this from that scale on (default_start). Raises ValueError for bad arguments.
     """
     page_size = default_page_size(schedule) if page_size is None else page_size
-    for name, value in (("rows", rows), ("page_size", page_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST:
-            raise ValueError(f"{name} must be a positive integer up to 2^30, got {value!r}")
+    _check_positive("rows", rows)
+    _check_positive("page_size", page_size)
     if workspace_limit <= 0:
         raise ValueError(f"workspace_limit must be positive, got {workspace_limit}")
     tokens = schedule.resolve(budget)
@@ -215,7 +286,20 @@ def plan_generation(
     check_lengths(lengths, schedule, geometry)
     if policy.num_queries == 0 and (lengths != lengths[:, :, :1]).any():
         raise ValueError(f"{policy.name} has no queries, so all heads of a layer must keep as many")
-    pages = (-(-lengths // page_size)).sum(axis=2)
+    never = len(schedule)
+    if row is None:
+        if start_scale is not None:
+            raise ValueError(f"kv_start {start_scale} goes with a kv_dtype")
+        start_scale = never
+    elif start_scale is None:
+        start_scale = default_start(lengths, geometry, row)
+    elif isinstance(start_scale, bool) or not isinstance(start_scale, int):
+        raise ValueError(f"kv_start must be a scale, got {start_scale!r}")
+    elif not 0 <= start_scale < never:
+        raise ValueError(f"kv_start must be a scale in 0..{never - 1}, got {start_scale}")
+    exact = exact_page_size(geometry, row, page_size)
+    sizes = np.where(np.arange(never) < start_scale, exact, page_size)
+    pages = (-(-lengths // sizes[:, None, None])).sum(axis=2)
     return Plan(
         geometry,
         schedule,
@@ -226,6 +310,8 @@ def plan_generation(
         workspace_limit,
         lengths,
         running_total(pages),
+        row,
+        start_scale,
     )
 
 
@@ -267,11 +353,15 @@ def plan(
     *,
     profile: Profile | str | Path | None = None,
     page_size: int | None = None,
+    kv_dtype: str | None = None,
+    kv_groups: int = 1,
+    kv_start: int | None = None,
     memory: int | None = None,
     reserved: int = 0,
 ) -> Plan:
     """What ``batch`` pictures of a catalogue model need. Needs no weights and no GPU.
 
+    kv_dtype, kv_groups, kv_start: quantised pages (docs/embedding.md), None for exact ones.
     memory: bytes that pool and workspace may take beside ``reserved``; raises WillNeverFit if they
     do not fit.
     """
@@ -282,7 +372,17 @@ def plan(
         profile = known.profile
     chosen = choose_policy(policy, profile, known.geometry.layers, known.name)
     rows = batch * known.rows_per_picture
-    result = plan_generation(known.geometry, known.schedule, chosen, budget, rows, page_size)
+    row = row_format(kv_dtype, kv_groups)
+    result = plan_generation(
+        known.geometry,
+        known.schedule,
+        chosen,
+        budget,
+        rows,
+        page_size,
+        row=row,
+        start_scale=kv_start,
+    )
     if memory is not None:
         result.require(memory, reserved)
     return result

@@ -10,8 +10,9 @@ from torch import nn
 
 from kvruntime.adapters import emoji, var
 from kvruntime.adapters.patching import Adapter, Attachment, ModelView, patched
-from kvruntime.cache import Observer
+from kvruntime.attention import PAGED_QUERIES
 from kvruntime.errors import UnsupportedModel
+from kvruntime.executor import Observer
 from kvruntime.plan import choose_policy, profile_note
 from policies import Policy, Profile
 
@@ -36,6 +37,11 @@ def attach(
     *,
     profile: Profile | str | Path | None = None,
     page_size: int | None = None,
+    kv_dtype: str | None = None,
+    kv_groups: int = 1,
+    kv_start: int | None = None,
+    backend: str = "auto",
+    paged_queries: int = PAGED_QUERIES,
     memory: int | None = None,
     observer: Observer | None = None,
 ) -> Iterator[Attachment]:
@@ -49,6 +55,8 @@ def attach(
     count.
     profile: statistics of this model, a file or an object; without one scalekv and ams_kv treat all
     layers alike.
+    kv_dtype, kv_groups, kv_start: quantised pages from a scale on; backend, paged_queries: who
+    computes attention; both as in PagedKVCache (docs/embedding.md).
     memory: most bytes that pool and workspace may take. observer: sees every step's queries and
     keys.
 
@@ -61,7 +69,20 @@ def attach(
         profile = seen.profile()
     chosen = choose_policy(policy, profile, len(seen.attentions))
     note = profile_note(policy, profile, seen.schedule)
-    attachment = Attachment(seen, chosen, budget, note, page_size, memory, observer)
+    attachment = Attachment(
+        seen,
+        chosen,
+        budget,
+        note,
+        observer,
+        page_size=page_size,
+        kv_dtype=kv_dtype,
+        kv_groups=kv_groups,
+        kv_start=kv_start,
+        backend=backend,
+        paged_queries=paged_queries,
+        memory=memory,
+    )
     with patched(seen, attachment):
         yield attachment
 

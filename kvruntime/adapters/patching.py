@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kvruntime.cache import Observer, PagedKVCache, Stats
+from kvruntime.cache import PagedKVCache, Stats
+from kvruntime.executor import Observer
 from kvruntime.plan import Plan
 from policies import CacheGeometry, Policy, Profile, ScaleSchedule
 
@@ -55,7 +56,10 @@ class Adapter(Protocol):
 
 
 class Attachment:
-    """A paged cache inside a model. ``stats`` tells about the generation that runs or ran last."""
+    """A paged cache inside a model. ``stats`` tells about the generation that runs or ran last.
+
+    options: of PagedKVCache, passed on.
+    """
 
     def __init__(
         self,
@@ -63,16 +67,14 @@ class Attachment:
         policy: Policy,
         budget: float,
         profile_note: str,
-        page_size: int | None,
-        memory: int | None,
         observer: Observer | None,
+        **options: Any,
     ) -> None:
         self._view = seen
         self._policy = policy
         self._budget = budget
         self._profile_note = profile_note
-        self._page_size = page_size
-        self._memory = memory
+        self._options = options
         self._observer = observer
         parameter = next(seen.model.parameters())
         self._cache = self._make_cache(parameter.dtype, parameter.device)
@@ -117,11 +119,10 @@ class Attachment:
             seen.schedule,
             self._policy,
             self._budget,
-            page_size=self._page_size,
-            memory=self._memory,
             softmax_scale=seen.softmax_scale,
             device=device,
             observer=self._observer,
+            **self._options,
         )
 
 

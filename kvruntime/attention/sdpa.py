@@ -5,17 +5,36 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-NAME = "torch-sdpa"
+from kvruntime.pool import Pages
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax_scale: float) -> Tensor:
-    """Attention of q [rows, n, heads, head_dim] to k and v [rows, heads, tokens, head_dim], without
-    a mask.
+class SDPA:
+    """Always gathers."""
 
-    bias: [heads, 1, tokens] added to the logits, or None. Returns [rows, n, heads, head_dim].
-    """
-    mask = None
-    if bias is not None:
-        mask = bias.unsqueeze(0).expand(q.shape[0], -1, q.shape[1], -1)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, scale=softmax_scale)
-    return out.transpose(1, 2)
+    name = "torch-sdpa"
+
+    def reads_pages(self, pages: Pages, num_queries: int, is_ragged: bool) -> bool:
+        return False
+
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, softmax_scale: float
+    ) -> Tensor:
+        mask = None
+        if bias is not None:
+            mask = bias.unsqueeze(0).expand(q.shape[0], -1, q.shape[1], -1)
+        q = q.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, keys, values, mask, scale=softmax_scale)
+        return out.transpose(1, 2)
+
+    def attend_pages(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pages: Pages,
+        tables: Tensor,
+        lengths: Tensor,
+        longest: int,
+        softmax_scale: float,
+    ) -> Tensor:
+        raise NotImplementedError("torch has no attention over pages")

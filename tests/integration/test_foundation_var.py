@@ -100,9 +100,9 @@ def test_full_is_bit_identical_and_detach_restores(var, autocast):
 def test_negative_control_a_wrong_cache_changes_the_picture(var, monkeypatch):
     own_attention(var)
     own = draw(var)
-    write = kvruntime.cache.Pool.write
+    write = kvruntime.executor.write
     monkeypatch.setattr(
-        kvruntime.cache.Pool, "write", lambda self, t, p, k, v: write(self, t, p, k, -v)
+        kvruntime.executor, "write", lambda pages, slots, new: write(pages, slots, -new)
     )
     with kvruntime.attach(var, "full", 1.0):
         wrong = draw(var)

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from allocator import BlockTable, OutOfPages
-from kvruntime.pool import Pool
+from kvruntime.pool import Pool, write
 from policies import CacheGeometry
 
 DIM = 2
@@ -30,10 +30,16 @@ class PoolMachine(RuleBasedStateMachine):
     def start(self, num_pages, page_size):
         geometry = CacheGeometry(1, 1, DIM, "float32", "float32")
         self.pool = Pool(num_pages, page_size, geometry, torch.device("cpu"))
-        self.pool.keys.fill_(torch.nan)
-        self.pool.values.fill_(torch.nan)
+        self.pages = self.pool.exact
+        self.pages.keys.fill_(torch.nan)
+        self.pages.values.fill_(torch.nan)
         self.dense = {}
         self.counter = 0
+
+    def put(self, table, places, k, v):
+        slots = torch.from_numpy(self.pool.slots(table, np.asarray(places)))
+        write(self.pages.keys, slots, k)
+        write(self.pages.values, slots, v)
 
     def fresh(self, rows, heads, tokens):
         """Content that no other call ever writes."""
@@ -44,7 +50,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(target=tables, rows=st.integers(1, 2), heads=st.integers(1, 2))
     def open(self, rows, heads):
-        table = BlockTable(self.pool.allocator, rows, heads, self.pool.page_size)
+        table = BlockTable(self.pool.allocator, rows, heads, self.pages.page_size)
         self.dense[table] = [[self.fresh(1, 1, 0)] * heads for _ in range(rows)]
         return table
 
@@ -60,7 +66,7 @@ class PoolMachine(RuleBasedStateMachine):
         except OutOfPages:
             return
         try:
-            self.pool.write(table, slice(start, start + tokens), k, v)
+            self.put(table, np.arange(start, start + tokens), k, v)
         except OutOfPages:  # no page left to copy a shared one to: nothing was written
             table.resize(table.lengths - tokens)
             return
@@ -80,7 +86,7 @@ class PoolMachine(RuleBasedStateMachine):
         places = data.draw(st.lists(st.integers(0, last), min_size=1, unique=True))
         k, v = self.fresh(rows, heads, len(places))
         try:
-            self.pool.write(table, np.array(places), k, v)
+            self.put(table, places, k, v)
         except OutOfPages:
             return
         for r in range(rows):
@@ -99,7 +105,9 @@ class PoolMachine(RuleBasedStateMachine):
             return
         k, v = self.fresh(rows, heads, max(lengths))
         try:
-            self.pool.write_ragged(table, k, v)
+            slots, h, place = map(torch.from_numpy, self.pool.ragged_slots(table))
+            write(self.pages.keys, slots, k[:, h, place])
+            write(self.pages.values, slots, v[:, h, place])
         except OutOfPages:
             table.release()
             k, v, lengths = *self.fresh(rows, heads, 0), [0] * heads
@@ -126,9 +134,10 @@ class PoolMachine(RuleBasedStateMachine):
         for table, dense in self.dense.items():
             table.check()
             rows, heads, count = table.pages.shape
-            shape = (rows, heads, count * self.pool.page_size + 1, DIM)
+            shape = (rows, heads, count * self.pages.page_size + 1, DIM)
             keys, values = torch.zeros(shape), torch.zeros(shape)
-            self.pool.gather(table, keys, values)
+            ids = torch.from_numpy(table.pages.astype(np.int64))
+            self.pages.gather(ids, 0, keys, values)
             for r in range(rows):
                 for h in range(heads):
                     length = int(table.lengths[h])

@@ -37,9 +37,9 @@ def test_full_draws_the_same_pictures(tiny_model, dtype):
 
 def test_negative_control_a_wrong_cache_changes_the_picture(tiny_model, monkeypatch):
     own = tiny_model.generate(LABELS, seed=3)
-    write = kvruntime.cache.Pool.write
+    write = kvruntime.executor.write
     monkeypatch.setattr(
-        kvruntime.cache.Pool, "write", lambda self, t, p, k, v: write(self, t, p, k, -v)
+        kvruntime.executor, "write", lambda pages, slots, new: write(pages, slots, -new)
     )
     with kvruntime.attach(tiny_model, "full", 1.0):
         assert not torch.equal(tiny_model.generate(LABELS, seed=3), own)
@@ -126,8 +126,9 @@ def test_inference_mode_then_plain_then_gradients(tiny_model):
         attention.use_cache(True)
         with torch.enable_grad():
             attention(torch.randn(4, 1, 32, requires_grad=True))
-        pool = attached._cache._pool
-        assert not pool.keys.requires_grad and not attached._cache._workspace[0].requires_grad
+        executor = attached._cache._executor
+        tensors = [executor.pool.exact.keys, executor.pool.exact.values, *executor._workspace]
+        assert not any(tensor.requires_grad for tensor in tensors)
         attention.use_cache(False)
         assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
 
@@ -170,7 +171,7 @@ def test_the_tensors_go_and_the_stats_stay(tiny_model):
         tiny_model.generate(LABELS)
         stats = attached.stats
     assert attached.stats == stats and stats.peak_pages > 0
-    assert attached._cache._pool is None and attached._cache._workspace is None
+    assert attached._cache._executor is None
 
 
 def test_training_goes_the_models_own_way(tiny_model):

@@ -104,7 +104,7 @@ def test_a_pool_that_is_too_small_is_refused_before_anything_is_made(monkeypatch
 
     cache = PagedKVCache(GEOMETRY, SCHEDULE, "full", memory=needed - 1)
     with monkeypatch.context() as patch:
-        patch.setattr(kvruntime.cache, "Pool", no_pool)
+        patch.setattr(kvruntime.cache, "Executor", no_pool)
         with pytest.raises(WillNeverFit, match="1 of 2 rows would fit") as caught:
             cache.open(2)
     assert (caught.value.needed, caught.value.total) == (needed, needed - 1)
@@ -149,11 +149,11 @@ def test_rows_are_a_positive_integer(rows):
 def test_the_pool_is_kept_for_the_same_number_of_rows_and_replaced_for_another():
     cache = PagedKVCache(GEOMETRY, SCHEDULE, "full")
     cache.open(2).close()
-    pool = cache._pool
+    executor = cache._executor
     cache.open(2).close()
-    assert cache._pool is pool
+    assert cache._executor is executor
     cache.open(3).close()
-    assert cache._pool is not pool
+    assert cache._executor is not executor
 
 
 def test_no_memory_for_the_tensors_leaves_the_cache_usable():

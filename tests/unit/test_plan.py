@@ -200,52 +200,56 @@ def test_scratch_of_a_policy_with_queries():
     """Byte by byte: 2 scales before the last, one layer, one head of 4 numbers in float32."""
     schedule = ScaleSchedule.of([4, 4, 4])
     made = plan_generation(CacheGeometry(1, 1, 4, "float32", "float32"), schedule, Full(), 1, 1, 16)
-    # at scale 1 (16 cached): 1 id of 8 bytes, or 16 slots of 8 bytes; the gather holds 48 tokens
+    # at scale 1 (16 cached) 8 bytes each for a page id, a length and 16 slots; 48 tokens gathered
     assert made.workspace_row_tokens == 48
-    assert made.workspace_bytes == 48 * 4 * 8 + 16 * 8
+    assert made.workspace_bytes == 48 * 4 * 8 + (1 + 1 + 16) * 8
     scored = plan("var-d16", 1, budget=42)
     rows, heads, dim = 2, 16, 64
     gather = max(42 + 256, 48) * heads * dim * 4
     candidates = 42 + 169
     score = candidates * (16 * (2 + 4) + 4)  # bfloat16 products, float32 weights
     queries = 2 * 16 * dim * 2
-    assert scored.workspace_bytes == rows * (gather + heads * (score + queries))
+    ids = (3 + 1 + 42) * 8  # pages of 16, a length, slots
+    assert scored.workspace_bytes == rows * (gather + heads * (score + queries + ids))
 
 
 def test_scratch_where_choosing_and_moving_weigh_more_than_scoring():
-    """One query, one head of 64 numbers: survivors in float32 K and V outweigh the scores."""
+    """One query, one head of 64 numbers: survivors in float32, K or V, outweigh the scores."""
     schedule = ScaleSchedule.of([8, 8, 1])
     policy = ScaleKV(grid=1)
     geometry = CacheGeometry(1, 1, 64, "float32", "float32")
     made = plan_generation(geometry, schedule, policy, 100, 1, 16)
     gather = 128 * 64 * 8
-    # 128 candidates, 100 kept: K and V, their slots, and the chosen places
-    assert made.workspace_bytes == gather + 100 * (64 * 8 + 8 + 8)
+    ids = (4 + 1 + 100) * 8
+    # 128 candidates, 100 kept: K or V, and the chosen places
+    assert made.workspace_bytes == gather + 100 * (64 * 4 + 8) + ids
     slim = CacheGeometry(1, 1, 1, "float32", "float32")
     made = plan_generation(slim, schedule, policy, 100, 1, 16)
     # scores of 4 bytes, then values, places, and both sorted
-    assert made.workspace_bytes == 128 * 8 + 128 * 4 + 100 * (4 + 24)
+    assert made.workspace_bytes == 128 * 8 + 128 * 4 + 100 * (4 + 24) + ids
     wide = plan_generation(slim, schedule, ScaleKV(grid=2), 100, 1, 16)
-    assert wide.workspace_bytes == 128 * 8 + max(128 * (4 * 4 + 4) + 2 * 4 * 4, 128 * 4 + 100 * 28)
-    # nothing dropped: only the slots of the fresh tokens, or the page ids
+    choose = max(128 * (4 * 4 + 4) + 2 * 4 * 4, 128 * 4 + 100 * 28)
+    assert wide.workspace_bytes == 128 * 8 + choose + ids
+    # nothing dropped: only the page ids, and the slots of the fresh tokens
     kept = plan_generation(slim, schedule, policy, 128, 1, 1)
-    assert kept.workspace_bytes == 129 * 8 + 128 * 8
+    assert kept.workspace_bytes == 129 * 8 + (64 + 1 + 64) * 8
 
 
 def test_scratch_at_the_edges():
     slim = CacheGeometry(1, 1, 1, "float32", "float32")
     # six scales of a token: the last one gathers five tokens from three pages of two
     made = plan_generation(slim, ScaleSchedule.of([1] * 6), Full(), 1, 1, 2)
-    assert made.workspace_bytes == 6 * 8 + 3 * 8
+    assert made.workspace_bytes == 6 * 8 + (2 + 1 + 1) * 8
     schedule = ScaleSchedule.of([8, 8, 1])
     made = plan_generation(slim, schedule, ScaleKV(), 100, 1, 16)
-    assert made.workspace_bytes == 128 * 8 + 128 * (16 * 4 + 4) + 2 * 16 * 4
+    ids = (4 + 1 + 100) * 8
+    assert made.workspace_bytes == 128 * 8 + 128 * (16 * 4 + 4) + 2 * 16 * 4 + ids
     # one token kept
     made = plan_generation(slim, schedule, ScaleKV(grid=1), 1, 1, 16)
-    assert made.workspace_bytes == 65 * 8 + 65 * (4 + 4) + 2 * 4
+    assert made.workspace_bytes == 65 * 8 + 65 * (4 + 4) + 2 * 4 + (1 + 1 + 1) * 8
     # nothing kept
     made = plan_generation(slim, ScaleSchedule.of([3]), ScaleKV(), 0.5, 1)
-    assert made.workspace_bytes == 9 * 8
+    assert made.workspace_bytes == 9 * 8 + 8
 
 
 def test_the_largest_and_the_least():
@@ -287,10 +291,10 @@ def test_scratch_of_a_policy_that_moves_little():
     geometry = CacheGeometry(1, 1, 4, "float32", "bfloat16")
     made = plan_generation(geometry, schedule, SlidingWindow(), 20, 1, 16)
     moved = 16
-    assert made.workspace_bytes == 32 * 4 * 6 + moved * (8 + 4 * 6)
+    assert made.workspace_bytes == 32 * 4 * 6 + moved * 4 * 4 + (1 + 1 + moved) * 8
     # a window of 5: all five are new
     made = plan_generation(geometry, schedule, SlidingWindow(), 5, 1, 16)
-    assert made.workspace_bytes == 21 * 4 * 6 + 5 * (8 + 4 * 6)
+    assert made.workspace_bytes == 21 * 4 * 6 + 5 * 4 * 4 + (1 + 1 + 5) * 8
     # a layer that shrinks from 16 to 6 while 1 fresh token comes: at most 6 move
     schedule = ScaleSchedule.of([4, (1, 1), 1])
 
@@ -299,7 +303,8 @@ def test_scratch_of_a_policy_that_moves_little():
             return np.array([16, 6, 0]).reshape(3, 1, 1)
 
     made = plan_generation(geometry, schedule, Shrinking(), 5, 1, 16)
-    assert made.workspace_bytes == 17 * 4 * 6 + 6 * (8 + 4 * 6)
+    # read from slots as well
+    assert made.workspace_bytes == 17 * 4 * 6 + 6 * 4 * 4 + (1 + 1 + 6 + 6) * 8
 
 
 def test_max_rows_reserves_nothing_by_default_and_stops_somewhere():

@@ -17,9 +17,11 @@ ORDER = [  # a module imports only from modules further down
     {"calibration"},
     {"adapters"},
     {"cache"},
-    {"scheduler", "attention", "pool", "quality", "reference"},
-    {"plan"},
-    {"catalogue"},
+    {"executor"},
+    {"scheduler", "attention", "quality", "reference"},
+    {"pool"},
+    {"plan", "quantize"},
+    {"catalogue", "formats"},
     {"errors"},
 ]
 

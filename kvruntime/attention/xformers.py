@@ -1,0 +1,186 @@
+"""xformers' memory-efficient attention: its paged Triton kernel over the pool's pages.
+
+The only module that imports xformers, and the only one tied to its version (0.0.35): the bias
+objects are built from tensors that are on the device already, past their own constructors, which
+take a Python list of rows.
+
+A lane is a row of the kernel's batch with one head. Under TRITON_INTERPRET=1, set before the first
+import of triton, the same kernel runs on a CPU, slowly, in float16: that is how it is tested.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvruntime.formats import RowFormat, stored_bytes
+from kvruntime.plan import Plan
+from kvruntime.pool import Pages
+
+with warnings.catch_warnings():  # deprecations between xformers and triton
+    warnings.simplefilter("ignore")
+    from xformers.ops import fmha
+    from xformers.ops.fmha import triton_splitk
+    from xformers.ops.fmha._triton import splitk_kernels
+    from xformers.ops.fmha.attn_bias import (
+        PagedBlockDiagonalPaddedKeysMask,
+        _PaddedSeqLenInfo,
+        _SeqLenInfo,
+    )
+
+warnings.filterwarnings("ignore", message="tl.make_block_ptr is deprecated")
+IS_INTERPRETED = type(splitk_kernels._splitK_reduce).__name__ == "InterpretedFunction"
+_BLOCKS = (64, 32, 16)  # keys the kernel takes at a time
+_LEAST_GROUP = 16  # numbers of a group: less is too short for a matrix product on the device
+_MOST_SLOTS = 2**31  # the kernel numbers slots in int32
+
+
+class XFormers:
+    """Reads pages where a scale has few queries or heads differ in length, else gathers.
+
+    Split-K is made for few queries: each block of 16 to 128 of them reads all pages of its lane
+    again. With many, one gather and flash attention read less.
+    """
+
+    name = "xformers"
+
+    def __init__(self, device: torch.device, paged_queries: int) -> None:
+        self._paged_queries = paged_queries
+        self._gathered_op = _operator(_BLOCKS[0], 1) if device.type == "cpu" else None
+
+    def reads_pages(self, pages: Pages, num_queries: int, is_ragged: bool) -> bool:
+        num_pages, page_size, width = pages.keys.shape
+        apart = pages.keys.stride(1) * pages.keys.element_size()
+        head_dim = (width - pages.row.groups) * 32 // pages.row.bits if pages.row else width
+        if unreadable(page_size, apart, head_dim, pages.row):
+            return False
+        if num_pages * page_size >= _MOST_SLOTS:
+            return False
+        return is_ragged or num_queries <= self._paged_queries
+
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, softmax_scale: float
+    ) -> Tensor:
+        assert bias is None, "ragged lanes are read from pages"
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        op = self._gathered_op
+        out = fmha.memory_efficient_attention_forward(q, k, v, scale=softmax_scale, op=op)
+        return out  # type: ignore[no-any-return]
+
+    def attend_pages(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pages: Pages,
+        tables: Tensor,
+        lengths: Tensor,
+        longest: int,
+        softmax_scale: float,
+    ) -> Tensor:
+        rows, n, heads, head_dim = q.shape
+        groups = pages.row.groups if pages.row else 1
+        op = _operator(_block(pages.page_size), groups)
+        bias = _paged_bias(n, tables, lengths, longest, pages.page_size)
+        cached, cached_lse = fmha.memory_efficient_attention_partial(
+            q.transpose(1, 2).reshape(1, -1, 1, head_dim),
+            _flat(pages.keys),
+            _flat(pages.values),
+            bias,
+            scale=softmax_scale,
+            op=op,
+        )
+        fresh, fresh_lse = fmha.memory_efficient_attention_partial(
+            q, k, v, scale=softmax_scale, op=_operator(_BLOCKS[0], 1)
+        )
+        cached_lse = cached_lse.view(rows, heads, n)
+        share = torch.sigmoid(fresh_lse - cached_lse).float().unsqueeze(-1)
+        out = torch.lerp(cached.view(rows, heads, n, head_dim), fresh.transpose(1, 2), share)
+        return out.transpose(1, 2).to(q.dtype)
+
+
+def unreadable(page_size: int, token_bytes: int, head_dim: int, row: RowFormat | None) -> str:
+    """Why the kernel cannot read pages of such a format; empty if it can. token_bytes: from one
+    token to the next.
+    """
+    if page_size % _BLOCKS[-1]:
+        return f"pages of {page_size} tokens, not a multiple of {_BLOCKS[-1]}"
+    if row is None:
+        return "" if token_bytes % 16 == 0 else f"tokens {token_bytes} bytes apart"
+    if row.bits != 4:
+        return f"{row.name} pages"
+    group = head_dim // row.groups
+    return "" if group >= _LEAST_GROUP else f"groups of {group} values, at least {_LEAST_GROUP}"
+
+
+def reasons_against(device: torch.device, dtype: torch.dtype, plan: Plan) -> list[str]:
+    """Why the operators cannot run such a plan, in their own words; empty if they can."""
+    geometry, row = plan.geometry, plan.row
+    head_dim, page_size = geometry.head_dim, plan.page_size
+    lanes = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
+    ints = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    bias = _paged_bias(16, ints, ints[0], 16, 16)
+    inputs = fmha.Inputs(lanes, lanes, lanes, bias, scale=1.0, is_partial=True)
+    reasons: list[str] = list(_operator(16, 1).not_supported_reasons(inputs))
+    if (plan.lengths != plan.lengths[:, :, :1]).any():  # such lanes are always read from pages
+        kinds: list[tuple[int, RowFormat | None]] = []
+        if plan.start_scale:
+            kinds.append((plan.exact_page_size, None))
+        if row is not None:
+            kinds.append((page_size, row))
+        for size, kind in kinds:
+            apart = page_size * stored_bytes(geometry, row) // (2 * size)
+            why = unreadable(size, apart, head_dim, kind)
+            if why:
+                reasons.append(f"heads differ in length, and the kernel cannot read {why}")
+    return reasons
+
+
+@functools.cache
+def _operator(block: int, groups: int) -> Any:
+    """xformers' operator for pages that are a multiple of ``block`` tokens, and so many groups."""
+    devices = {"cuda", "cpu"} if IS_INTERPRETED else {"cuda"}
+    kernel = splitk_kernels._get_splitk_kernel(groups)  # it would be made again at every call
+    members = {
+        "NAME": f"triton_splitK, blocks of {block}",
+        "SUPPORTED_DEVICES": devices,
+        "BLOCK_N": block,
+        "NUM_GROUPS": groups,
+        "get_kernel": classmethod(lambda cls: kernel),
+    }
+    return type("PagedOperator", (triton_splitk.FwOp,), members)
+
+
+def _block(page_size: int) -> int:
+    return next(block for block in _BLOCKS if page_size % block == 0)
+
+
+def _flat(pages: Tensor) -> Tensor:
+    """Pages as the kernel wants them, [1, slots, 1, width]; a view."""
+    return pages.view(1, pages.shape[0] * pages.shape[1], 1, pages.shape[2])
+
+
+def _paged_bias(n: int, tables: Tensor, lengths: Tensor, longest: int, page_size: int) -> Any:
+    """n queries for each lane of ``tables``. Nothing is read back from the device, and nothing
+    depends on the number of lanes but sizes.
+    """
+    lanes, width = tables.shape
+    starts = torch.arange(0, lanes * n + 1, n, dtype=torch.int32, device=tables.device)
+    queries = _SeqLenInfo(
+        seqstart=starts, max_seqlen=n, min_seqlen=n, seqstart_py=range(0, lanes * n + 1, n)
+    )
+    places = width * page_size
+    keys = _PaddedSeqLenInfo(
+        seqstart=starts,  # of the padded lanes; the paged kernel goes by the tables
+        max_seqlen=longest,
+        min_seqlen=0,
+        seqstart_py=range(0, lanes * places + 1, places),
+        seqlen=lengths,
+        seqlen_py=range(lanes),
+        padding=places,
+    )
+    return PagedBlockDiagonalPaddedKeysMask(queries, keys, tables, page_size)
