@@ -17,6 +17,7 @@ from rich.table import Table
 
 from kvruntime.catalogue import ASPECT_RATIOS, MODEL_NAMES, RESOLUTIONS, find_model
 from kvruntime.errors import KVRuntimeError, OutOfPages, WillNeverFit
+from kvruntime.formats import KV_DTYPES
 from kvruntime.plan import Plan, plan
 from policies import AMSKV, DTYPE_BYTES, POLICY_NAMES, Policy, ScaleKV
 
@@ -39,6 +40,13 @@ BudgetText = Annotated[
     typer.Option(
         help="0.10: a fraction of the history (tokens before the last scale); 650: tokens."
     ),
+]
+KVDtype = Annotated[
+    str | None, typer.Option(help=f"Quantised pages: one of {', '.join(KV_DTYPES)}.")
+]
+KVGroups = Annotated[int, typer.Option(help="Groups of a quantised row: 1, 2, 4 or 8.")]
+KVStart = Annotated[
+    int | None, typer.Option(help="Scale from which pages are quantised; by default planned.")
 ]
 PolicyName = Annotated[str, typer.Option(help=f"One of {', '.join(POLICY_NAMES)}.")]
 
@@ -131,6 +139,9 @@ def plan_command(
     key_dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPE_BYTES)}.")] = None,
     value_dtype: Annotated[str | None, typer.Option(help="The same for V.")] = None,
     page_size: Annotated[int | None, typer.Option(help="Tokens in a page.")] = None,
+    kv_dtype: KVDtype = None,
+    kv_groups: KVGroups = 1,
+    kv_start: KVStart = None,
     resolution: Annotated[
         str | None, typer.Option(help=f"Infinity: {', '.join(RESOLUTIONS)}.")
     ] = None,
@@ -144,7 +155,15 @@ def plan_command(
     with _exit_codes():
         known = find_model(model, resolution, aspect).with_dtypes(key_dtype, value_dtype)
         made = plan(
-            known, batch, policy, parse_budget(budget), profile=profile, page_size=page_size
+            known,
+            batch,
+            policy,
+            parse_budget(budget),
+            profile=profile,
+            page_size=page_size,
+            kv_dtype=kv_dtype,
+            kv_groups=kv_groups,
+            kv_start=kv_start,
         )
         room = None
         if memory is not None:
@@ -179,6 +198,9 @@ def plan_report(model: str, made: Plan, room: int | None) -> dict[str, Any]:
         "key_dtype": made.geometry.key_dtype,
         "value_dtype": made.geometry.value_dtype,
         "page_size": made.page_size,
+        "kv_dtype": made.row.name if made.row else None,
+        "kv_groups": made.row.groups if made.row else None,
+        "kv_start": made.start_scale if made.row else None,
         "rows": made.rows,
         "token_bytes": made.token_bytes,
         "peak_token_bytes": made.peak_token_bytes,
@@ -194,10 +216,16 @@ def plan_report(model: str, made: Plan, room: int | None) -> dict[str, Any]:
 
 
 def _print_plan(result: dict[str, Any], rows_per_picture: int) -> None:
-    table = Table(
-        title=f"{result['model']}, {result['policy']}, {result['budget_tokens']} of "
+    title = (
+        f"{result['model']}, {result['policy']}, {result['budget_tokens']} of "
         f"{result['history_tokens']} tokens, {result['rows']} rows"
     )
+    if result["kv_dtype"]:
+        title += (
+            f", {result['kv_dtype']} with {result['kv_groups']} groups from scale "
+            f"{result['kv_start']} on"
+        )
+    table = Table(title=title)
     table.add_column("what")
     table.add_column("MiB", justify="right")
     lines = {
@@ -223,7 +251,8 @@ def doctor(as_json: JSON = False) -> None:
     from kvruntime import device
 
     with _exit_codes():
-        report = device.doctor()
+        with Console(stderr=True).status("compiling a kernel"):
+            report = device.doctor()
         if as_json:
             _print_json(report)
             return
@@ -233,15 +262,35 @@ def doctor(as_json: JSON = False) -> None:
         host = report["host"]
         table.add_row("cores, torch threads", f"{host['cores']}, {host['torch_threads']}")
         table.add_row("host memory available", f"{host['available_bytes'] / 2**30:.1f} GiB")
-        table.add_row("CUDA", "yes" if report["cuda"]["available"] else "no")
-        for gpu in report["cuda"]["nvml"]:
-            table.add_row(gpu["name"], f"{gpu['used_bytes']} of {gpu['total_bytes']} bytes used")
-        if report["cuda"]["why_no_nvml"]:
-            table.add_row("NVML", report["cuda"]["why_no_nvml"])
+        cuda, triton = report["cuda"], report["triton"]
+        table.add_row("CUDA", "yes" if cuda["available"] else "no")
+        table.add_row("NVML", cuda["why_no_nvml"] or f"driver {cuda['driver']}")
+        done = f"compiled in {triton['seconds']:.1f} s" if triton["compiles"] else triton["error"]
+        table.add_row(f"paged kernel for sm_{triton['capability']}", done)
+        for name, reasons in report["operators"].items():
+            table.add_row(f"xformers {name}", "can run" if not reasons else "; ".join(reasons))
         for name, backend in report["backends"].items():
             state = "available" if backend["available"] else "; ".join(backend["reasons"])
             table.add_row(f"back end {name}", state)
         Console().print(table)
+        if cuda["torch"] or cuda["nvml"]:
+            Console().print(_memory_table(cuda))
+
+
+def _memory_table(cuda: dict[str, Any]) -> Table:
+    """torch's and NVML's numbers of each GPU side by side, MiB."""
+    table = Table("GPU", "total", "used, NVML", "used, CUDA", "reserved, torch", "allocated, torch")
+    by_uuid = {gpu["uuid"]: gpu for gpu in cuda["torch"]}
+    seen = cuda["nvml"] or cuda["torch"]
+    for gpu in seen:
+        ours = by_uuid.get(gpu["uuid"], {})
+        sizes = [
+            gpu["total_bytes"],
+            gpu["used_bytes"] if cuda["nvml"] else None,
+            *(ours.get(name) for name in ("used_bytes", "reserved_bytes", "allocated_bytes")),
+        ]
+        table.add_row(gpu["name"], *("" if n is None else f"{n / 2**20:,.0f}" for n in sizes))
+    return table
 
 
 def main() -> None:

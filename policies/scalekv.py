@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -73,6 +74,13 @@ def patch_centres(size: tuple[int, ...], grid: int) -> NDArray[np.int64]:
     return (centres(height)[:, None] * width + centres(width)).ravel()
 
 
+@lru_cache(maxsize=64)
+def _centres_on(size: tuple[int, ...], grid: int, device: torch.device) -> Tensor:
+    """patch_centres on the device, copied there once and not in every step."""
+    with torch.inference_mode(False):  # they outlive a caller's inference_mode
+        return torch.from_numpy(patch_centres(size, grid)).to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class ScaleKV:
     """Layer budgets by drafter and refiner roles, tokens by the attention of 16 patch centres.
@@ -139,8 +147,7 @@ class ScaleKV:
     def select(self, step: Step) -> Tensor:
         """The window and the best scored others, per row and head, in the order they lie in."""
         cached = step.keys.shape[2] - step.queries.shape[1]
-        centres = torch.from_numpy(patch_centres(step.schedule.sizes[step.scale], self.grid))
-        centres = centres.to(step.keys.device)
+        centres = _centres_on(step.schedule.sizes[step.scale], self.grid, step.keys.device)
         queries = step.queries[:, centres].transpose(1, 2) * step.softmax_scale
         # softmax in place: [rows, heads, window, candidates] is the largest thing in here
         weights = (queries @ step.keys.transpose(2, 3)).float()
@@ -150,7 +157,7 @@ class ScaleKV:
         del weights
         if self.pool > 1:
             scores = F.avg_pool1d(scores, self.pool, 1, self.pool // 2, count_include_pad=False)
-        scores[:, :, cached + centres] = torch.inf
+        scores.index_fill_(2, cached + centres, torch.inf)
         return scores.topk(int(step.keep[0]), dim=-1, sorted=False).indices.sort(dim=-1).values
 
 

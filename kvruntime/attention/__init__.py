@@ -13,6 +13,7 @@ from kvruntime.plan import Plan
 from kvruntime.pool import TORCH_DTYPES, Pages
 
 BACKENDS = ("auto", "sdpa", "xformers")
+TESTED_VERSIONS = "tested with xformers 0.0.35 and triton 3.7.1: pip install 'kvruntime[xformers]'"
 PAGED_QUERIES = 256  # not measured yet: no GPU in our tests; `python -m benchmarks gpu` tells
 
 
@@ -76,8 +77,10 @@ def choose_backend(
     if not reasons:
         from kvruntime.attention.xformers import XFormers
 
+        dtype = TORCH_DTYPES[plan.geometry.key_dtype]
+        xformers = XFormers(device, dtype, plan.geometry.head_dim, paged_queries)
         why = "asked for" if wanted == "xformers" else "auto: it can run here"
-        return XFormers(device, paged_queries), why
+        return xformers, f"{why}; gathered tokens go to {xformers.gathered_operator}"
     if wanted == "xformers":
         raise BackendUnavailable("xformers", reasons)
     return sdpa.SDPA(), f"auto: xformers cannot run here: {'; '.join(reasons)}"
@@ -91,7 +94,8 @@ def reasons_against_xformers(device: torch.device, plan: Plan) -> list[str]:
         return ["torch sees no CUDA device"]
     try:
         from kvruntime.attention import xformers
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return [f"{error}: pip install 'kvruntime[xformers]'"]
-    dtype = TORCH_DTYPES[plan.geometry.key_dtype]
-    return xformers.reasons_against(device, dtype, plan)
+    except Exception as error:  # whatever a version that does not fit breaks
+        return [f"xformers cannot be imported ({type(error).__name__}: {error}); {TESTED_VERSIONS}"]
+    return xformers.reasons_against(device, TORCH_DTYPES[plan.geometry.key_dtype], plan)

@@ -15,11 +15,14 @@ import warnings
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from kvruntime.attention import TESTED_VERSIONS
 from kvruntime.formats import RowFormat, stored_bytes
 from kvruntime.plan import Plan
 from kvruntime.pool import Pages
+from kvruntime.quantize import quantize
 
 with warnings.catch_warnings():  # deprecations between xformers and triton
     warnings.simplefilter("ignore")
@@ -48,9 +51,16 @@ class XFormers:
 
     name = "xformers"
 
-    def __init__(self, device: torch.device, paged_queries: int) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, paged_queries: int
+    ) -> None:
         self._paged_queries = paged_queries
-        self._gathered_op = _operator(_BLOCKS[0], 1) if device.type == "cpu" else None
+        self._gathered_op = _operator_for_gathered(device, dtype, head_dim)
+
+    @property
+    def gathered_operator(self) -> str:
+        """xformers' name of what attends to gathered tokens."""
+        return str(self._gathered_op.NAME)
 
     def reads_pages(self, pages: Pages, num_queries: int, is_ragged: bool) -> bool:
         num_pages, page_size, width = pages.keys.shape
@@ -67,9 +77,10 @@ class XFormers:
     ) -> Tensor:
         assert bias is None, "ragged lanes are read from pages"
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
-        op = self._gathered_op
-        out = fmha.memory_efficient_attention_forward(q, k, v, scale=softmax_scale, op=op)
-        return out  # type: ignore[no-any-return]
+        out: Tensor = fmha.memory_efficient_attention_forward(
+            q, k, v, scale=softmax_scale, op=self._gathered_op
+        )
+        return out
 
     def attend_pages(
         self,
@@ -126,6 +137,8 @@ def reasons_against(device: torch.device, dtype: torch.dtype, plan: Plan) -> lis
     bias = _paged_bias(16, ints, ints[0], 16, 16)
     inputs = fmha.Inputs(lanes, lanes, lanes, bias, scale=1.0, is_partial=True)
     reasons: list[str] = list(_operator(16, 1).not_supported_reasons(inputs))
+    if not reasons:
+        reasons += _broken(device, dtype, head_dim, row)
     if (plan.lengths != plan.lengths[:, :, :1]).any():  # such lanes are always read from pages
         kinds: list[tuple[int, RowFormat | None]] = []
         if plan.start_scale:
@@ -138,6 +151,61 @@ def reasons_against(device: torch.device, dtype: torch.dtype, plan: Plan) -> lis
             if why:
                 reasons.append(f"heads differ in length, and the kernel cannot read {why}")
     return reasons
+
+
+def operators(device: torch.device) -> dict[str, list[str]]:
+    """Every forward operator, and why it cannot attend to gathered bfloat16 tokens, or to pages,
+    on the device; empty if it can.
+    """
+    tokens = torch.empty(1, 16, 1, 128, dtype=torch.bfloat16, device=device)
+    ints = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    gathered = fmha.Inputs(tokens, tokens, tokens, None, scale=1.0)
+    bias = _paged_bias(16, ints, ints[0], 16, 16)
+    paged = fmha.Inputs(tokens, tokens, tokens, bias, scale=1.0, is_partial=True)
+    found = {}
+    for name in ("flash3", "flash", "cutlass", "cutlass_blackwell", "ck", "triton_splitk"):
+        module = getattr(fmha, name, None)
+        if module is not None:
+            found[f"{module.FwOp.NAME}, gathered"] = module.FwOp.not_supported_reasons(gathered)
+    found["triton_splitK, pages"] = _operator(16, 1).not_supported_reasons(paged)
+    return found
+
+
+@functools.cache
+def _broken(
+    device: torch.device, dtype: torch.dtype, head_dim: int, row: RowFormat | None
+) -> list[str]:
+    """What goes wrong when the kernels run once on next to nothing: a version of triton that does
+    not fit is known by its compiler, not by its number.
+    """
+    tokens = torch.zeros(1, 16, 1, head_dim, dtype=dtype, device=device)
+    ints = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    kinds = [Pages(tokens[:, :, 0], tokens[:, :, 0], None)]
+    if row is not None and not unreadable(16, 0, head_dim, row):
+        rows = quantize(tokens[:, :, 0], row)
+        kinds.append(Pages(rows, rows, row))
+    backend = XFormers(device, dtype, head_dim, 16)
+    try:
+        for pages in kinds:
+            backend.attend_pages(tokens, tokens, tokens, pages, ints, ints[0], 16, 1.0)
+        backend.attend(tokens, tokens.transpose(1, 2), tokens.transpose(1, 2), None, 1.0)
+    except Exception as error:  # the compiler's own kinds, and whatever a missing name raises
+        what = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        return [f"its kernels fail with triton {triton.__version__} ({what}); {TESTED_VERSIONS}"]
+    return []
+
+
+def _operator_for_gathered(device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
+    """What xformers would choose for tokens without a bias; the paged kernel's operator, which can
+    do that too, where none of the others runs.
+    """
+    if device.type == "cuda":
+        tokens = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
+        inputs = fmha.Inputs(tokens, tokens, tokens, None, scale=1.0)
+        for operator in fmha.dispatch._dispatch_fw_priority_list(inputs, False):
+            if not operator.not_supported_reasons(inputs):
+                return operator
+    return _operator(_BLOCKS[0], 1)
 
 
 @functools.cache

@@ -181,8 +181,13 @@ def test_doctor():
     report = json.loads(run("doctor", "--json").stdout)
     assert report["versions"]["torch"] and report["versions"]["python"]
     assert report["backends"]["torch-sdpa"] == {"available": True, "reasons": []}
-    assert not report["backends"]["xformers-paged"]["available"]
-    assert report["backends"]["xformers-paged"]["reasons"]
+    assert (
+        not report["backends"]["xformers"]["available"]
+        and report["backends"]["xformers"]["reasons"]
+    )
+    assert report["triton"]["compiles"] and report["triton"]["capability"] == 90
+    assert "device=cpu" in "; ".join(report["operators"]["triton_splitK, pages"])
+    assert len(report["operators"]) >= 4 and all(report["operators"].values())
     assert report["host"]["total_bytes"] > 0
     assert bool(report["cuda"]["nvml"]) != bool(report["cuda"]["why_no_nvml"])
     assert "torch-sdpa" in run("doctor").stdout

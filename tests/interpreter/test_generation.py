@@ -1,0 +1,119 @@
+"""P2, P4, P5, P8 with the xformers back end; and pictures of the bundled model drawn through it."""
+
+from itertools import product
+
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvruntime
+from kvruntime import BackendUnavailable, PagedKVCache
+from kvruntime.quality import psnr_db
+from kvruntime.reference import load_model
+from policies import CacheGeometry, ScaleSchedule
+from tests.generations import cases, check_generation
+
+options = st.fixed_dictionaries(
+    {"backend": st.just("xformers"), "paged_queries": st.sampled_from([0, 3, 10**6])}
+)
+
+
+interpreted = cases(("float16",), (16, 32), (16, 32, 64, 128), options)
+
+
+@pytest.fixture(scope="module")
+def unsplit(xformers):
+    """No split-K: the interpreter takes minutes to sum the parts. test_kernel.py has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for block, groups in product((16, 32, 64), (1, 2, 4, 8)):
+            patch.setattr(xformers._operator(block, groups), "SPLIT_K", 1)
+        yield
+
+
+@settings(max_examples=40)
+@given(case=interpreted)
+def test_a_generation_is_dense_attention_over_the_kept_tokens(unsplit, case):
+    try:
+        cache = case.cache()
+    except BackendUnavailable as error:
+        assert "heads differ in length, and the kernel cannot read" in str(error)
+        return
+    check_generation(case, cache, 1e-2)
+    stats = cache.stats
+    assert stats.backend == "xformers"
+    assert stats.backend_reason == "asked for; gathered tokens go to triton_splitK, blocks of 64"
+
+
+class Enough(Exception):
+    """The scales that were wanted are drawn."""
+
+
+def first_scales(model, labels, count):
+    """The picture [1, 3, 64, 64] after ``count`` scales."""
+    codes = []
+    generator = torch.Generator().manual_seed(5)
+
+    def sample(scale, logits):
+        noise = torch.rand(logits.shape, generator=generator).clamp(1e-20, 1 - 1e-7)
+        codes.append((logits - torch.log(-torch.log(noise))).argmax(-1))
+        if scale + 1 == count:
+            raise Enough
+        return codes[-1]
+
+    with pytest.raises(Enough):
+        model.draw(labels, sample, 2.0)
+    parts = [model.tokenizer.contribution(scale, part) for scale, part in enumerate(codes)]
+    return model.tokenizer.decode(sum(parts)).float().detach()
+
+
+@pytest.mark.parametrize(
+    ("scales", "policy", "options"),
+    [
+        (6, "full", {"page_size": 128}),
+        (7, "scalekv", {"page_size": 32}),
+        (7, "scalekv", {"page_size": 64, "kv_dtype": "int4", "kv_groups": 2}),
+        (7, "full", {"paged_queries": 16}),
+    ],
+)
+def test_the_bundled_model_draws_the_same_through_the_kernel(unsplit, scales, policy, options):
+    model, labels = load_model(torch.float16), torch.arange(1)
+    pictures = {}
+    for backend in ("sdpa", "xformers"):
+        with kvruntime.attach(model, policy, 0.10, backend=backend, **options) as cache:
+            pictures[backend] = first_scales(model, labels, scales)
+            stats = cache.stats
+            assert stats.backend_reason.startswith("asked for") and stats.live_pages == 0
+    fine = 3 if "paged_queries" in options else 0  # scales of more than 16 tokens
+    assert stats.gather_steps == 8 * (1 + fine), "8 layers; nothing is cached at the first scale"
+    assert stats.page_steps == 8 * (scales - 1 - fine)
+    psnr = float(psnr_db(pictures["xformers"], pictures["sdpa"])[0])
+    print(f"\n{policy} {options}: {psnr:.1f} dB")
+    assert psnr >= 45
+
+
+def test_what_cannot_run_says_why(xformers, monkeypatch):
+    schedule = ScaleSchedule.of([1, 2])
+
+    def refused(head_dim, dtype, **options):
+        geometry = CacheGeometry(1, 1, head_dim, dtype, dtype)
+        with pytest.raises(BackendUnavailable) as caught:
+            PagedKVCache(geometry, schedule, "full", 1, backend="xformers", **options)
+        return "; ".join(caught.value.reasons)
+
+    assert "Embed dim 96 not supported" in refused(96, "float16")
+    assert "dtype=torch.float32 (supported" in refused(32, "float32")
+    assert "bf16 is only supported on A100+" in refused(32, "bfloat16")
+    with monkeypatch.context() as newer:  # triton 3.9 has no block pointers
+        xformers._broken.cache_clear()
+        newer.delattr(tl, "make_block_ptr")
+        said = refused(32, "float16")
+        assert "its kernels fail with triton 3.7.1 (InterpreterError: AttributeError" in said
+        assert "make_block_ptr" in said and "tested with xformers 0.0.35 and triton 3.7.1" in said
+    xformers._broken.cache_clear()
+    PagedKVCache(
+        CacheGeometry(1, 1, 32, "float16", "float16"), schedule, "full", 1, backend="xformers"
+    )
+    monkeypatch.setattr(xformers._operator(16, 1), "SUPPORTED_DEVICES", {"cuda"})
+    assert "device=cpu (supported: {'cuda'})" in refused(32, "float16")
