@@ -105,7 +105,7 @@ def test_python_does_not_work_row_by_row(policy):
                 sys.setprofile(None)
         return count
 
-    assert calls(1) == calls(7) > 1000
+    assert calls(2) == calls(9) > 1000
 
 
 def test_uploads_are_pinned_and_packed(monkeypatch):
