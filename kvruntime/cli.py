@@ -98,6 +98,12 @@ def demo(
     count: Annotated[int, typer.Option(help="Pictures to draw.")] = 8,
     seed: int = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    kv_dtype: KVDtype = None,
+    kv_groups: KVGroups = 1,
+    kv_start: KVStart = None,
+    formats: Annotated[
+        bool, typer.Option(help="Compare all int4 and int2 pages as well, which takes a minute.")
+    ] = True,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo"),
     as_json: JSON = False,
 ) -> None:
@@ -111,7 +117,16 @@ def demo(
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
         out.mkdir(parents=True, exist_ok=True)
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            report, own, ours = run_demo(policy, parse_budget(budget), count, seed, dtype, progress)
+            report, own, ours = run_demo(
+                policy,
+                parse_budget(budget),
+                count,
+                seed,
+                dtype,
+                progress,
+                pages={"kv_dtype": kv_dtype, "kv_groups": kv_groups, "kv_start": kv_start},
+                compare_formats=formats,
+            )
         save_picture(report, own, ours, out / "demo.png")
         (out / "demo.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         if as_json:

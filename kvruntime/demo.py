@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ from kvruntime.reference import EmojiVAR, load_classes, load_model
 from policies import POLICY_NAMES
 
 PICTURES_SHOWN, MOST_PICTURES = 8, 10_000
+FORMATS: list[dict[str, Any]] = [
+    {"policy": policy, "kv_dtype": kv_dtype, "kv_groups": groups, "kv_start": start}
+    for policy in ("full", "scalekv")
+    for kv_dtype, groups in (("int4", 1), ("int4", 2), ("int4", 4), ("int2", 1), ("int2", 2))
+    for start in (None, 0)
+]
 
 
 def demo_labels(count: int) -> Tensor:
@@ -37,8 +44,13 @@ def run_demo(
     dtype: str,
     progress: Progress | None = None,
     policies: tuple[str, ...] = POLICY_NAMES,
+    pages: dict[str, Any] | None = None,
+    compare_formats: bool = True,
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Draw ``count`` pictures on the model's own cache and with each policy.
+
+    pages: kv_dtype, kv_groups and kv_start of these. compare_formats: full and scalekv once more
+    with every int4 and int2 format, from the planned start scale and from the first.
 
     Returns the report (docs/policies.md names its fields), the own cache's pictures and those of
     policy ``shown``, [count, 3, 64, 64].
@@ -46,49 +58,34 @@ def run_demo(
     if not 0 < count <= MOST_PICTURES:
         raise ValueError(f"count must be in 1..{MOST_PICTURES}, got {count}")
     model = load_model(TORCH_DTYPES[dtype])
-    for name in policies:  # a budget that one of them cannot meet is refused before the first draw
-        with attach(model, name, budget):
+    formats = [{"policy": name, **(pages or {})} for name in policies]
+    quantised = FORMATS if compare_formats else []
+    for options in formats:  # what one of them cannot do is refused before the first draw
+        with attach(model, budget=budget, **options):
             pass
     labels = demo_labels(count)
-    bar = progress.add_task("drawing", total=len(policies) + 1) if progress else None
+    total = 1 + len(formats) + len(quantised)
+    bar = progress.add_task("drawing", total=total) if progress else None
 
     def tick(name: str) -> None:
         if progress and bar is not None:
             progress.update(bar, advance=1, description=f"drawn with {name}")
 
-    codes, own, seconds = _draw(model, labels, seed)
-    logs = model.teacher_forced(labels, codes)
+    own = _own(model, labels, seed)
     tick("its own cache")
     runs: dict[str, Any] = {}
-    pictures = own
-    for name in policies:
-        with attach(model, name, budget) as attached:
-            _, drawn, elapsed = _draw(model, labels, seed)
-            stats = attached.stats
-            forced = model.teacher_forced(labels, codes)
-            leaked = attached.stats.live_pages
-        psnr = psnr_db(drawn, own)
-        differ = psnr[psnr.isfinite()]  # equal pictures have no finite PSNR
-        run: dict[str, Any] = {
-            "psnr_db": {"mean": _finite(differ.mean()), "min": _finite(psnr.min())},
-            "identical_pictures": count - differ.numel(),
-            "kl": kl_nats(forced, logs),
-            "planned_pages": stats.planned_pages,
-            "peak_pages": stats.peak_pages,
-            "leaked_pages": leaked,
-            "token_bytes": stats.token_bytes,
-            "page_bytes": stats.page_bytes,
-            "workspace_bytes": stats.workspace_bytes,
-            "baseline_bytes": stats.baseline_bytes,
-            "seconds": elapsed,
-        }
-        if name == "full":
-            same = all(torch.equal(ours, theirs) for ours, theirs in zip(forced, logs, strict=True))
-            run["bit_identical"] = same and torch.equal(drawn, own)
+    pictures = own.pictures
+    for options in formats:
+        name = options["policy"]
+        runs[name], drawn = _compare(model, labels, seed, own, budget, options)
         if name == shown:
             pictures = drawn
-        runs[name] = run
         tick(name)
+    others = []
+    for options in quantised:
+        run, _ = _compare(model, labels, seed, own, budget, options)
+        others.append(run)
+        tick(f"{options['policy']}, {options['kv_dtype']}")
     report = {
         "version": 1,
         "model": "emoji64",
@@ -99,10 +96,65 @@ def run_demo(
         "count": count,
         "seed": seed,
         "dtype": dtype,
-        "own_seconds": seconds,
+        "own_seconds": own.seconds,
         "runs": runs,
+        "quantised": others,
     }
-    return report, own, pictures
+    return report, own.pictures, pictures
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """What the model's own cache draws and predicts."""
+
+    codes: list[Tensor]
+    pictures: Tensor
+    logs: list[Tensor]
+    seconds: float
+
+
+def _own(model: EmojiVAR, labels: Tensor, seed: int) -> _Own:
+    codes, pictures, seconds = _draw(model, labels, seed)
+    return _Own(codes, pictures, model.teacher_forced(labels, codes), seconds)
+
+
+def _compare(
+    model: EmojiVAR,
+    labels: Tensor,
+    seed: int,
+    own: _Own,
+    budget: float,
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], Tensor]:
+    """One way to cache against the model's own: the figures, and its pictures."""
+    with attach(model, budget=budget, **options) as attached:
+        _, drawn, elapsed = _draw(model, labels, seed)
+        stats = attached.stats
+        forced = model.teacher_forced(labels, own.codes)
+        leaked = attached.stats.live_pages
+    psnr = psnr_db(drawn, own.pictures)
+    differ = psnr[psnr.isfinite()]  # equal pictures have no finite PSNR
+    run: dict[str, Any] = {
+        "policy": stats.policy,
+        "kv_dtype": stats.kv_dtype,
+        "kv_groups": stats.kv_groups,
+        "kv_start": stats.kv_start,
+        "psnr_db": {"mean": _finite(differ.mean()), "min": _finite(psnr.min())},
+        "identical_pictures": labels.shape[0] - differ.numel(),
+        "kl": kl_nats(forced, own.logs),
+        "planned_pages": stats.planned_pages,
+        "peak_pages": stats.peak_pages,
+        "leaked_pages": leaked,
+        "token_bytes": stats.token_bytes,
+        "page_bytes": stats.page_bytes,
+        "workspace_bytes": stats.workspace_bytes,
+        "baseline_bytes": stats.baseline_bytes,
+        "seconds": elapsed,
+    }
+    if stats.policy == "full" and stats.kv_dtype is None:
+        same = all(torch.equal(ours, theirs) for ours, theirs in zip(forced, own.logs, strict=True))
+        run["bit_identical"] = same and torch.equal(drawn, own.pictures)
+    return run, drawn
 
 
 def _draw(model: EmojiVAR, labels: Tensor, seed: int) -> tuple[list[Tensor], Tensor, float]:
@@ -118,8 +170,6 @@ def _finite(value: Tensor) -> float | None:
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    title = f"{report['count']} pictures, {report['dtype']}, budget {report['budget']}"
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("PSNR", lambda run: _number(run["psnr_db"]["mean"], "inf")),
         ("KL", lambda run: f"{run['kl']:.4f}"),
@@ -129,19 +179,30 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         ("own MiB", lambda run: f"{run['baseline_bytes'] / 2**20:.1f}"),
         ("s", lambda run: f"{run['seconds']:.2f}"),
     ]
+    title = f"{report['count']} pictures, {report['dtype']}, budget {report['budget']}"
+    runs = [*report["runs"].values(), *report["quantised"]]
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("policy", no_wrap=True)
-    for title, _ in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, run in report["runs"].items():
-        table.add_row(name, *(show(run) for _, show in columns))
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        table.add_row(_label(run), *(show(run) for _, show in columns))
     console.print(table)
     console.print(
         "PSNR in dB and KL in nats are against the model's own cache; pages are planned/used; "
-        f"{sum(run['leaked_pages'] for run in report['runs'].values())} pages leaked"
+        f"{sum(run['leaked_pages'] for run in runs)} pages leaked"
     )
+    if report["quantised"]:
+        console.print("int4/2 @5: 4 bits in 2 groups of scale and shift, from scale 5 on")
     identical = report["runs"].get("full", {}).get("bit_identical")
     if identical is not None:
         console.print(f"full cache bit-identical with the model's own: {identical}")
+
+
+def _label(run: dict[str, Any]) -> str:
+    if run["kv_dtype"] is None:
+        return str(run["policy"])
+    return f"{run['policy']} {run['kv_dtype']}/{run['kv_groups']} @{run['kv_start']}"
 
 
 def _pages(run: dict[str, Any]) -> str:

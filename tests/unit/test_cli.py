@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from kvruntime import attach, plan
 from kvruntime.cli import app, parse_budget, parse_bytes
+from kvruntime.formats import RowFormat
 from kvruntime.reference import load_model
 from policies import POLICY_NAMES
 
@@ -117,6 +118,16 @@ def test_plan_that_does_not_fit_exits_with_3_and_the_numbers():
         "demo --dtype int3",
         "demo --budget 0",
         "demo --budget 3",
+        "demo --kv-dtype int3",
+        "demo --kv-dtype int4 --kv-groups 8",
+        "demo --kv-start 3",
+        "plan infinity-8b --kv-dtype bfloat16",
+        "plan infinity-8b --kv-groups 4",
+        "plan infinity-8b --kv-dtype int4 --kv-groups 3",
+        "plan infinity-8b --kv-dtype int4 --kv-start 13",
+        "plan infinity-8b --kv-dtype int4 --kv-start -1",
+        "plan infinity-8b --kv-dtype int4 --page-size 10",
+        "plan infinity-125m --kv-dtype int4 --kv-groups 8",
     ],
 )
 def test_bad_input_exits_with_2_and_one_message(arguments, tmp_path):
@@ -128,6 +139,10 @@ def test_bad_input_exits_with_2_and_one_message(arguments, tmp_path):
 
 
 RUN_KEYS = {
+    "policy",
+    "kv_dtype",
+    "kv_groups",
+    "kv_start",
     "psnr_db",
     "identical_pictures",
     "kl",
@@ -160,21 +175,72 @@ def check_demo(report, count, dtype):
         assert 0 < runs[name]["kl"] < 1 and runs[name]["psnr_db"]["mean"] > 10
 
 
+def check_formats(report):
+    """full and scalekv with int4 and int2, for each number of groups, with and without the start
+    scale: figures that are there, in the order that theory says.
+    """
+    found = {}
+    for run in report["quantised"]:
+        assert run.keys() == RUN_KEYS and run["planned_pages"] == run["peak_pages"]
+        row = RowFormat.named(run["kv_dtype"], run["kv_groups"])
+        exact = report["runs"][run["policy"]]
+        assert run["token_bytes"] * 4 * 32 == exact["token_bytes"] * row.row_bytes(32)
+        found[run["policy"], run["kv_dtype"], run["kv_groups"], run["kv_start"] > 0] = run["kl"]
+    formats = [("int4", 1), ("int4", 2), ("int4", 4), ("int2", 1), ("int2", 2)]
+    assert list(found) == [
+        (policy, *kind, late)
+        for policy in ("full", "scalekv")
+        for kind in formats
+        for late in (True, False)
+    ]
+    for groups in (1, 2):
+        for late in (True, False):
+            assert 0 < found["full", "int4", groups, late] < 1e-3
+            assert found["full", "int4", groups, late] < 0.1 * found["full", "int2", groups, late]
+        assert found["full", "int4", groups, True] < found["full", "int4", groups, False]
+    exact = report["runs"]["scalekv"]["kl"]
+    assert all(abs(found["scalekv", "int4", g, True] - exact) < 0.2 * exact for g in (1, 2, 4))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_demo(tmp_path, dtype):
-    result = run("demo", "--count", "2", "--dtype", dtype, "--out", str(tmp_path), "--json")
+    formats = "--formats" if dtype == "float32" else "--no-formats"
+    result = run(
+        *("demo", "--count", "2", "--dtype", dtype, formats, "--out", str(tmp_path), "--json")
+    )
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report == json.loads((tmp_path / "demo.json").read_text())
     check_demo(report, 2, dtype)
+    if dtype == "float32":
+        check_formats(report)
+    else:
+        assert report["quantised"] == []
     assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_demo_table(tmp_path):
-    result = run("demo", "--count", "1", "--policy", "ams_kv", "--out", str(tmp_path))
+    rest = ("--count", "1", "--policy", "ams_kv", "--no-formats", "--out", str(tmp_path))
+    result = run("demo", *rest)
     assert result.exit_code == 0, result.stderr
     assert "bit-identical with the model's own: True" in result.stdout
     assert "ams_kv" in result.stdout
+    result = run("demo", *rest, "--kv-dtype", "int4", "--kv-groups", "2", "--kv-start", "3")
+    assert result.exit_code == 0, result.stderr
+    assert "ams_kv int4/2 @3" in result.stdout and "bit-identical" not in result.stdout
+
+
+@pytest.mark.parametrize(("groups", "mib"), [(1, 1511), (4, 1777)])
+def test_int4_pages_of_infinity_8b(groups, mib):
+    command = "plan infinity-8b --batch 8 --policy scalekv --budget 650 --kv-dtype int4"
+    result = run(*command.split(), "--kv-groups", str(groups), "--json")
+    report = json.loads(result.stdout)
+    assert round(report["token_bytes"] / 2**20) == mib
+    assert (report["kv_dtype"], report["kv_groups"], report["kv_start"]) == ("int4", groups, 5)
+    exact = json.loads(run(*command.split()[:-2], "--json").stdout)
+    assert round(exact["token_bytes"] / 2**20) == 5688 and exact["kv_dtype"] is None
+    printed = run(*command.split(), "--kv-groups", str(groups)).stdout
+    assert f"{report['token_bytes'] / 2**20:,.1f}" in printed
 
 
 def test_doctor():
