@@ -13,25 +13,25 @@ from torch import Tensor
 
 from kvruntime.formats import RowFormat
 
-_LARGEST_SCALE = 127.0  # the kernel multiplies it by 512 in float16
+_LARGEST_SCALE = {2: 65504.0, 4: 127.0, 8: 65504.0}  # the kernel multiplies by 512 in float16
 
 
 def quantize(values: Tensor, row: RowFormat) -> Tensor:
     """Rows int32 [..., words] of values [..., head_dim] in any floating number format.
 
     Asymmetric, rounded to nearest: an error of half a step, (max - min) / (2^bits - 1) / 2 of each
-    group, and the rounding of shift to float16. Numbers beyond float16, and groups wider than 127
-    steps of one code, saturate. Takes 5 bytes of scratch a value.
+    group, and the rounding of shift to float16. Groups with numbers beyond float16, and of 4 bits
+    wider than 1905, saturate. Takes 5 bytes of scratch a value.
     """
     levels = 2**row.bits - 1
     codes = torch.unflatten(values.to(torch.float32, copy=True), -1, (row.groups, -1))
     low, high = codes.aminmax(dim=-1, keepdim=True)
     shift = low.half()
-    scale = ((high - low) / levels).clamp_(max=_LARGEST_SCALE).half()
+    scale = ((high - low) / levels).clamp_(max=_LARGEST_SCALE[row.bits]).half()
     inverse = scale.float().reciprocal_().masked_fill_(scale == 0, 0.0)
     codes.sub_(shift).mul_(inverse).round_().clamp_(0, levels)
     small = codes.flatten(-2).to(torch.uint8)
-    packed = small[..., :: 8 // row.bits].clone()
+    packed = small[..., :: 8 // row.bits].clone(memory_format=torch.contiguous_format)
     for place in range(1, 8 // row.bits):
         packed |= small[..., place :: 8 // row.bits] << row.bits * place
     coefficients = torch.cat((scale, shift), -1).view(torch.int32).squeeze(-1)
