@@ -1,38 +1,66 @@
 """One layer through all 13 scales of one megapixel: torch.cat + SDPA, ours in full, ours at 650
-tokens.
+tokens, both with exact and with int4 pages.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
+import kvruntime.pool
 from benchmarks.common import interleaved, ratios, spread
 from kvruntime import PagedKVCache
 from kvruntime.catalogue import find_model
+from kvruntime.executor import Executor
 from kvruntime.pool import TORCH_DTYPES
-from policies import CacheGeometry, ScaleSchedule
+from kvruntime.scheduler import Scheduler
+from policies import CacheGeometry, ScaleKV, ScaleSchedule
 
 BUDGET, ROWS = 650, 2
 GEOMETRIES = ("infinity-125m", "infinity-2b")
 DTYPES = ("float32", "bfloat16")
 
 
-class _TimedCache(PagedKVCache):
-    """Counts the seconds of selection and compaction."""
+PARTS = {
+    "move": (Scheduler, "move"),  # the host's part of selection and compaction
+    "select": (ScaleKV, "select"),
+    "store_known": (Executor, "_store_known"),
+    "store_chosen": (Executor, "_store_chosen"),
+    "dequantize": (kvruntime.pool, "dequantize"),
+}
 
-    compress_seconds = 0.0
 
-    def _compress(self, *args: Any) -> None:
-        began = time.perf_counter()
-        super()._compress(*args)
-        self.compress_seconds += time.perf_counter() - began
+class _Stopwatch:
+    """Seconds spent in PARTS while it is entered. A CPU does what it is told at once."""
+
+    def __enter__(self) -> _Stopwatch:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._patches = ExitStack()
+        for name, (owner, method) in PARTS.items():
+            timed = self._timed(name, getattr(owner, method))
+            self._patches.enter_context(patch.object(owner, method, timed))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._patches.close()
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds[name] += time.perf_counter() - began
+            return result
+
+        return call
 
 
 def pair_speedup(schedule: ScaleSchedule, kept: list[int]) -> float:
@@ -68,39 +96,57 @@ def _one(name: str, dtype: str, repeats: int, progress: Progress | None) -> dict
             F.scaled_dot_product_attention(q, k, v)
 
     caches = {
-        "full": _TimedCache(geometry, schedule, "full", 1.0),
-        "scalekv": _TimedCache(geometry, schedule, "scalekv", BUDGET),
+        name: PagedKVCache(geometry, schedule, policy, BUDGET, kv_dtype=kv_dtype)
+        for name, policy, kv_dtype in (
+            ("full", "full", None),
+            ("scalekv", "scalekv", None),
+            ("full int4", "full", "int4"),
+            ("scalekv int4", "scalekv", "int4"),
+        )
     }
+    shares: dict[str, list[dict[str, float]]] = {cache: [] for cache in caches}
 
-    def paged(cache: PagedKVCache) -> None:
-        with cache.open(ROWS):
-            for q, k, v in steps:
+    def paged(name: str) -> None:
+        with caches[name].open(ROWS) as cache, _Stopwatch() as watch:
+            began = time.perf_counter()
+            for q, k, v in steps[:-1]:
                 cache.attend(0, q, k, v)
+            before = watch.seconds["dequantize"]
+            last = time.perf_counter()
+            cache.attend(0, *steps[-1])
+            ended = time.perf_counter()
+        compaction = sum(watch.seconds[part] for part in PARTS if part != "dequantize")
+        shares[name].append(
+            {
+                "selection": compaction / (ended - began),
+                "dequantize": watch.seconds["dequantize"] / (ended - began),
+                "dequantize_last_step": (watch.seconds["dequantize"] - before) / (ended - last),
+            }
+        )
 
-    times = interleaved(
-        {
-            "own": own,
-            "full": lambda: paged(caches["full"]),
-            "scalekv": lambda: paged(caches["scalekv"]),
-        },
-        repeats,
-        progress,
-    )
+    runs: dict[str, Callable[[], object]] = {"own": own}
+    runs |= {cache: partial(paged, cache) for cache in caches}
+    times = interleaved(runs, repeats, progress)
     lengths = caches["scalekv"].plan(ROWS).lengths[:, 0, 0].tolist()
     allowed = pair_speedup(schedule, lengths)
-    full, speedup = ratios(times["full"], times["own"]), ratios(times["own"], times["scalekv"])
-    compress = caches["scalekv"].compress_seconds / (repeats + 1)
-    return {
+    report: dict[str, Any] = {
         "geometry": name,
         "dtype": dtype,
         "rows": ROWS,
         "budget_tokens": BUDGET,
         "own_seconds": spread(times["own"]),
-        "full_ratio": statistics.median(full),
-        "full_ratio_spread": spread(full),
-        "scalekv_speedup": statistics.median(speedup),
-        "scalekv_speedup_spread": spread(speedup),
         "pair_speedup": allowed,
-        "share_of_pair_speedup": statistics.median(speedup) / allowed,
-        "selection_share": compress / statistics.median(times["scalekv"]),
     }
+    for cache in caches:
+        plan = caches[cache].plan(ROWS)
+        report[cache] = {
+            "kv_start": plan.start_scale if plan.row else None,
+            "speedup": spread(ratios(times["own"], times[cache])),
+            "time_ratio": spread(ratios(times[cache], times["own"])),
+            "page_bytes": plan.page_bytes,
+            **{
+                f"{part}_share": spread([share[part] for share in shares[cache][1:]])
+                for part in shares[cache][0]
+            },
+        }
+    return report

@@ -6,6 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvruntime.errors import WillNeverFit
+from kvruntime.formats import RowFormat, stored_bytes
 from kvruntime.plan import plan_generation, running_total
 from policies import CacheGeometry, check_lengths
 from tests.support import policies, schedules
@@ -15,10 +16,11 @@ from tests.support import policies, schedules
 def plans(draw):
     layers = draw(st.integers(1, 4))
     schedule = draw(schedules)
+    row = draw(st.sampled_from([None, None, *(RowFormat(b, g) for b in (2, 4, 8) for g in (1, 2))]))
     geometry = CacheGeometry(
         layers,
         draw(st.integers(1, 3)),
-        draw(st.integers(1, 8)),
+        draw(st.integers(1, 8)) if row is None else draw(st.sampled_from([32, 64])),
         draw(st.sampled_from(["float32", "bfloat16"])),
         draw(st.sampled_from(["float32", "float16"])),
     )
@@ -30,21 +32,33 @@ def plans(draw):
             draw(policies(layers)),
             budget,
             draw(st.integers(1, 9)),
-            draw(st.sampled_from([1, 3, 16, 64])),
+            draw(st.sampled_from([1, 3, 16, 64] if row is None else [16, 32, 48])),
             draw(st.sampled_from([1, 500, 10_000])),
+            row,
+            draw(st.integers(0, len(schedule) - 1)) if row and draw(st.booleans()) else None,
         )
     except ValueError:
         assume(False)
 
 
 def event_by_event(plan):
-    """Pages and tokens after each (scale, layer), walked in plain Python."""
-    held = [[0] * plan.geometry.heads for _ in range(plan.geometry.layers)]
+    """Pages and token bytes of a row after each (scale, layer), walked in plain Python: a layer is
+    quantised from the moment when it has been served at the start scale.
+    """
+    geometry = plan.geometry
+    quantised = [False] * geometry.layers
+    held = [[0] * geometry.heads for _ in range(geometry.layers)]
     for scale in range(len(plan.schedule)):
-        for layer in range(plan.geometry.layers):
+        for layer in range(geometry.layers):
             held[layer] = plan.lengths[scale, layer].tolist()
-            tokens = [tokens for lanes in held for tokens in lanes]
-            yield scale, layer, sum(-(-t // plan.page_size) for t in tokens), sum(tokens)
+            quantised[layer] = plan.row is not None and scale >= plan.start_scale
+            pages = size = 0
+            for lanes, packed in zip(held, quantised, strict=True):
+                per_page = plan.page_size if packed else plan.exact_page_size
+                token = stored_bytes(geometry, plan.row if packed else None)
+                pages += sum(-(-tokens // per_page) for tokens in lanes)
+                size += sum(lanes) * token
+            yield scale, layer, pages, size
 
 
 @given(plan=plans())
@@ -56,11 +70,13 @@ def test_totals_are_the_walk_over_all_events(plan):
         tokens.append(now_tokens)
         if layer == plan.geometry.layers - 1:
             after_scale.append(now_tokens)
-    unit = plan.geometry.token_bytes * plan.rows
+    page = plan.page_size * stored_bytes(plan.geometry, plan.row)
     assert plan.peak_pages == plan.rows * max(pages)
-    assert plan.page_bytes == unit * max(pages) * plan.page_size
-    assert plan.peak_token_bytes == unit * max(tokens)
-    assert plan.token_bytes == unit * max(after_scale) <= plan.peak_token_bytes <= plan.page_bytes
+    assert plan.page_bytes == page * plan.rows * max(pages)
+    assert plan.exact_page_size * plan.geometry.token_bytes <= page
+    assert plan.peak_token_bytes == plan.rows * max(tokens)
+    most = plan.rows * max(after_scale)
+    assert plan.token_bytes == most <= plan.peak_token_bytes <= plan.page_bytes
     assert plan.total_bytes == plan.page_bytes + plan.workspace_bytes
     check_lengths(plan.lengths, plan.schedule, plan.geometry)
 
@@ -76,6 +92,8 @@ def test_n_rows_fit_and_one_more_raises(plan, memory, reserved):
             rows,
             plan.page_size,
             plan.workspace_limit,
+            plan.row,
+            plan.start_scale if plan.row else None,
         )
 
     assume(plan.schedule.history)
@@ -100,8 +118,9 @@ def test_the_workspace_is_bounded_and_holds_every_step(plan):
     for scale, fresh in enumerate(plan.schedule.tokens):
         for layer in range(plan.geometry.layers):
             cached = int(plan.lengths[scale - 1, layer].max()) if scale else 0
-            pages = -(-cached // plan.page_size) * plan.page_size
-            longest = max(longest, cached + fresh, pages)
+            size = plan.exact_page_size
+            whole = -(-cached // size) * size if scale <= plan.start_scale else 0
+            longest = max(longest, cached + fresh, whole)
     assert plan.workspace_row_tokens == longest
     assert longest * lane <= row
 

@@ -1,0 +1,281 @@
+"""Everything about a CUDA device at once: right results on every path, times, memory, bandwidth.
+
+The same code runs on a CPU under Triton's interpreter, in miniature, which is how it is tested.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor
+
+import kvruntime
+from benchmarks.common import interleaved, ratios, spread
+from benchmarks.correctness import backends, correctness, filled_pool
+from kvruntime import PagedKVCache
+from kvruntime.catalogue import find_model
+from kvruntime.demo import demo_labels
+from kvruntime.formats import RowFormat
+from kvruntime.plan import plan
+from kvruntime.pool import TORCH_DTYPES, Pages, free_bytes
+from kvruntime.reference import load_model
+from policies import CacheGeometry, ScaleSchedule
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured; TINY is for the interpreter."""
+
+    schedule: ScaleSchedule
+    pictures: int
+    heads: int
+    queries: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    head_dims: tuple[int, ...]
+    page_sizes: tuple[int, ...]
+    budget: int
+    copied_bytes: int
+    backend: str  # of whole pictures
+
+
+FULL = Sizes(
+    find_model("infinity-2b").schedule,
+    16,
+    16,
+    (1, 30, 300),
+    ("float16", "bfloat16"),
+    (64, 128),
+    (16, 32, 64, 128),
+    650,
+    2**30,
+    "auto",
+)
+TINY = Sizes(
+    ScaleSchedule.of([1, 2, 4]), 1, 2, (1, 5), ("float16",), (32,), (16, 64), 16, 2**20, "sdpa"
+)
+
+
+def run(
+    repeats: int,
+    progress: Progress | None,
+    device: torch.device | str = "cuda",
+    sizes: Sizes = FULL,
+) -> dict[str, Any]:
+    """All of it. ``device`` must be able to run the xformers back end."""
+    device = torch.device(device)
+    correct = correctness(device, sizes.dtypes, sizes.head_dims, sizes.page_sizes, sizes.queries)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "correctness": correct,
+        "all_correct": all(case["error"] <= case["bound"] for case in correct),
+        "bandwidth": bandwidth(device, sizes, repeats),
+        "crossover": crossover(device, sizes, repeats),
+        "attention": attention(device, sizes, repeats, progress),
+        "generate": generate(device, sizes, repeats, progress),
+    }
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seconds(device: torch.device, call: Callable[[], object], repeats: int) -> list[float]:
+    call()
+    times = []
+    for _ in range(repeats):
+        synchronise(device)
+        began = time.perf_counter()
+        call()
+        synchronise(device)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def bandwidth(device: torch.device, sizes: Sizes, repeats: int) -> dict[str, Any]:
+    """Bytes a second of gathering pages, beside a copy of as many bytes on the device."""
+    dtype, head_dim, page_size = sizes.dtypes[-1], sizes.head_dims[-1], 64
+    page_bytes = page_size * head_dim * 4  # K and V, two bytes a number
+    num = max(8, sizes.copied_bytes // page_bytes)
+    report: dict[str, Any] = {"bytes": num * page_bytes}
+    source = torch.empty(num * page_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = statistics.median(_seconds(device, lambda: target.copy_(source), repeats))
+    report["copy_bytes_per_second"] = num * page_bytes / copied
+    ids = torch.randperm(num, device=device).view(1, 4, -1)[:, :, : num // 4]
+    shape = (1, 4, ids.shape[2] * page_size, head_dim)
+    keys, values = torch.empty((2, *shape), dtype=TORCH_DTYPES[dtype], device=device)
+    for name, row in (("exact", None), ("int4", RowFormat(4))):
+        pages = filled_pool(device, dtype, head_dim, page_size, row, num)
+
+        def gather(pages: Pages = pages) -> None:
+            pages.gather(ids, shape[2], keys, values)
+
+        seconds = statistics.median(_seconds(device, gather, repeats))
+        report[f"{name}_gather_bytes_per_second"] = num * page_bytes / seconds
+        report[f"{name}_gather_over_copy"] = copied / seconds
+    return report
+
+
+def crossover(device: torch.device, sizes: Sizes, repeats: int) -> list[dict[str, Any]]:
+    """Reading pages against gathering for the queries of each scale: tells where paged_queries
+    belongs.
+    """
+    return [
+        _crossing(device, sizes, repeats, row, cached, n)
+        for row in (None, RowFormat(4))
+        for cached in (sizes.budget, sizes.schedule.history)
+        for n in sizes.schedule.tokens
+    ]
+
+
+def _crossing(
+    device: torch.device, sizes: Sizes, repeats: int, row: RowFormat | None, cached: int, n: int
+) -> dict[str, Any]:
+    dtype, head_dim = sizes.dtypes[-1], sizes.head_dims[-1]
+    rows, heads, page_size = 2, sizes.heads, 64
+    lanes, width = rows * heads, -(-cached // page_size)
+    backend = backends(device, dtype, head_dim)["xformers"]
+    pages = filled_pool(device, dtype, head_dim, page_size, row, lanes * width)
+    tables = torch.randperm(lanes * width, device=device).view(lanes, width)
+    lengths = torch.full((lanes,), cached, device=device)
+    q, k, v = torch.randn(3, rows, n, heads, head_dim, device=device).to(TORCH_DTYPES[dtype])
+    room = (2, rows, heads, width * page_size + n, head_dim)
+    workspace = torch.empty(room, dtype=q.dtype, device=device)
+    keys, values = workspace[:, :, :, : cached + n]
+
+    def paged() -> None:
+        backend.attend_pages(q, k, v, pages, tables, lengths, cached, 0.1)
+
+    def gathered() -> None:
+        pages.gather(tables.view(rows, heads, width), cached, *workspace)
+        keys[:, :, cached:] = k.transpose(1, 2)
+        values[:, :, cached:] = v.transpose(1, 2)
+        backend.attend(q, keys, values, None, 0.1)
+
+    return {
+        "kv_dtype": row.name if row else None,
+        "cached_tokens": cached,
+        "queries": n,
+        "paged_seconds": spread(_seconds(device, paged, repeats)),
+        "gathered_seconds": spread(_seconds(device, gathered, repeats)),
+    }
+
+
+def attention(
+    device: torch.device, sizes: Sizes, repeats: int, progress: Progress | None
+) -> dict[str, Any]:
+    """One layer through all scales: torch.cat + SDPA against both back ends, exact and int4."""
+    dtype, head_dim = sizes.dtypes[-1], sizes.head_dims[-1]
+    heads, rows = sizes.heads, 2
+    geometry = CacheGeometry(1, heads, head_dim, dtype, dtype)
+    steps = [
+        torch.randn(3, rows, n, heads, head_dim, device=device).to(TORCH_DTYPES[dtype])
+        for n in sizes.schedule.tokens
+    ]
+
+    def own() -> None:
+        cached: list[Tensor] = []
+        for step in steps:
+            q, k, v = step.transpose(2, 3).unbind(0)
+            if cached:
+                k, v = torch.cat((cached[0], k), 2), torch.cat((cached[1], v), 2)
+            cached = [k, v]
+            F.scaled_dot_product_attention(q, k, v)
+        synchronise(device)
+
+    def paged(cache: PagedKVCache) -> Callable[[], None]:
+        def call() -> None:
+            with cache.open(rows):
+                for step in steps:
+                    cache.attend(0, *step)
+            synchronise(device)
+
+        return call
+
+    runs: dict[str, Callable[[], object]] = {"own": own}
+    caches = {}
+    for policy in ("full", "scalekv"):
+        for kv_dtype in (None, "int4"):
+            for backend in ("sdpa", "xformers"):
+                name = f"{policy} {kv_dtype or dtype} {backend}"
+                caches[name] = PagedKVCache(
+                    geometry,
+                    sizes.schedule,
+                    policy,
+                    sizes.budget,
+                    page_size=64,
+                    kv_dtype=kv_dtype,
+                    backend=backend,
+                    device=device,
+                )
+                runs[name] = paged(caches[name])
+    times = interleaved(runs, repeats, progress)
+    report: dict[str, Any] = {"own_seconds": spread(times["own"])}
+    for name, cache in caches.items():
+        report[name] = {
+            "time_ratio": spread(ratios(times[name], times["own"])),
+            "page_steps": cache.stats.page_steps,
+            "gather_steps": cache.stats.gather_steps,
+            **_memory(device, cache, runs[name]),
+        }
+    return report
+
+
+def _memory(
+    device: torch.device, cache: PagedKVCache, draw: Callable[[], object]
+) -> dict[str, Any]:
+    """Bytes that torch held at the peak of a generation beyond what it held before, and planned
+    ones. What attention itself allocates is in the first and not in the second.
+    """
+    planned = cache.plan(2).total_bytes
+    if device.type != "cuda":
+        return {"planned_bytes": planned, "peak_allocated_bytes": None}
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    held = cache.stats.page_bytes + cache.stats.workspace_bytes
+    before = torch.cuda.memory_allocated(device)
+    draw()
+    peak = torch.cuda.max_memory_allocated(device) - before + held
+    return {"planned_bytes": planned, "peak_allocated_bytes": peak}
+
+
+def generate(
+    device: torch.device, sizes: Sizes, repeats: int, progress: Progress | None
+) -> dict[str, Any]:
+    """The bundled model's pictures on its own cache and on ours; and how many rows of a large model
+    the plan puts into this device's free memory.
+    """
+    dtype = sizes.dtypes[-1]
+    model = load_model(TORCH_DTYPES[dtype]).to(device)
+    labels = demo_labels(sizes.pictures).to(device)
+
+    def draw() -> None:
+        model.generate(labels)
+        synchronise(device)
+
+    report: dict[str, Any] = {"own_seconds": spread(interleaved({"": draw}, repeats, progress)[""])}
+    for policy in ("full", "scalekv"):
+        for kv_dtype in (None, "int4"):
+            with kvruntime.attach(
+                model, policy, 0.10, kv_dtype=kv_dtype, page_size=64, backend=sizes.backend
+            ) as cache:
+                seconds = interleaved({"": draw}, repeats, progress)[""]
+                stats = cache.stats
+            report[f"{policy} {kv_dtype or dtype}"] = {
+                "seconds": spread(seconds),
+                "backend": stats.backend,
+                "backend_reason": stats.backend_reason,
+                "planned_pages": stats.planned_pages,
+                "peak_pages": stats.peak_pages,
+            }
+    made = plan("infinity-8b", 1, "scalekv", 650, kv_dtype="int4")
+    report["infinity_8b_rows_in_free_memory"] = made.max_rows(free_bytes(device))
+    return report

@@ -1,0 +1,42 @@
+"""`python -m benchmarks gpu` in miniature, on a CPU; and without a GPU it says so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_part_runs(xformers):
+    report = gpu.run(1, None, "cpu", gpu.TINY)
+    cases = report["correctness"]
+    assert report["all_correct"], [case for case in cases if case["error"] > case["bound"]]
+    paths = {(case["backend"], case["path"], case["kv_dtype"]) for case in cases}
+    exact_and_int4 = {("xformers", "pages", kind) for kind in (None, "int4")}
+    gathered = {
+        (backend, "gathered", kind)
+        for backend in ("sdpa", "xformers")
+        for kind in (None, "int2", "int4", "int8")
+    }
+    assert paths == exact_and_int4 | gathered
+    assert report["bandwidth"]["exact_gather_over_copy"] > 0
+    assert {case["queries"] for case in report["crossover"]} == {1, 4, 16}
+    ways = report["attention"]
+    assert ways["full float16 xformers"]["page_steps"] == 2
+    assert ways["full float16 sdpa"]["page_steps"] == 0
+    assert ways["scalekv int4 xformers"]["planned_bytes"] > 0
+    assert report["generate"]["own_seconds"]["median"] > 0
+
+
+def test_without_a_gpu_it_says_so_and_exits_with_3(tmp_path):
+    out = tmp_path / "gpu.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu", "--json", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3 and "no CUDA device" in done.stderr
+    assert done.stdout == "" and not out.exists()
