@@ -17,7 +17,7 @@ from kvruntime.formats import row_format
 from kvruntime.plan import WORKSPACE_LIMIT, Plan, choose_policy, plan_generation, profile_note
 from kvruntime.pool import TORCH_DTYPES, free_bytes
 from kvruntime.scheduler import ScaleRecord, Scheduler
-from policies import CacheGeometry, Policy, Profile, ScaleSchedule
+from policies import CacheGeometry, Policy, Profile, ScaleSchedule, load_profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,7 @@ class PagedKVCache:
             raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
         if softmax_scale is not None and not math.isfinite(softmax_scale):
             raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+        profile = load_profile(profile) if isinstance(profile, str | Path) else profile
         self._policy = choose_policy(policy, profile, geometry.layers)
         self._profile_note = profile_note(policy, profile, schedule)
         # one row is planned now, so that a budget that cannot work is refused before anything is

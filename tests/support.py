@@ -107,3 +107,13 @@ def dense_attention(q, k, v, scale):
     """Float64 softmax attention: q [n, dim], k and v [tokens, dim]."""
     q, k, v = q.double(), k.double(), v.double()
     return (q @ k.t() * scale).softmax(-1) @ v
+
+
+def every_attribute(model):
+    """All instance attributes of all modules, by identity."""
+    return {
+        (name, key): id(value)
+        for name, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if not isinstance(value, dict)
+    }

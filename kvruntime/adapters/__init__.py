@@ -14,7 +14,7 @@ from kvruntime.attention import PAGED_QUERIES
 from kvruntime.errors import UnsupportedModel
 from kvruntime.executor import Observer
 from kvruntime.plan import choose_policy, profile_note
-from policies import Policy, Profile
+from policies import Policy, Profile, load_profile
 
 _ADAPTERS: dict[str, Adapter] = {"FoundationVision/VAR": var, "kvruntime's bundled model": emoji}
 
@@ -67,6 +67,7 @@ def attach(
     seen = view(model)
     if profile is None and isinstance(policy, str):
         profile = seen.profile()
+    profile = load_profile(profile) if isinstance(profile, str | Path) else profile
     chosen = choose_policy(policy, profile, len(seen.attentions))
     note = profile_note(policy, profile, seen.schedule)
     attachment = Attachment(

@@ -20,6 +20,7 @@ import torch
 
 import kvruntime
 from kvruntime.calibration import calibrate
+from tests.support import every_attribute
 
 CHECKOUT = os.environ.get("KVRUNTIME_VAR", "")
 pytestmark = [
@@ -67,15 +68,6 @@ def draw(model, seed=SEED):
     )
 
 
-def attributes(model):
-    return {
-        (name, key): id(value)
-        for name, module in model.named_modules()
-        for key, value in module.__dict__.items()
-        if not isinstance(value, dict)
-    }
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_full_is_bit_identical_and_detach_restores(var, autocast):
     """In float32, and as upstream's demo runs it, under autocast (K float32, V bfloat16)."""
@@ -85,14 +77,14 @@ def test_full_is_bit_identical_and_detach_restores(var, autocast):
         own = draw(var)
         for block, flag in zip(var.blocks, found, strict=True):
             block.attn.using_xform = flag  # attach() must not depend on what upstream found
-        before = attributes(var)
+        before = every_attribute(var)
         for _ in range(2):
             with kvruntime.attach(var, "full", 1.0) as attached:
                 assert torch.equal(draw(var), own)
                 assert torch.equal(draw(var), own)
                 stats = attached.stats
                 assert stats.planned_pages == stats.peak_pages > 0 == stats.live_pages
-            assert attributes(var) == before
+            assert every_attribute(var) == before
         own_attention(var)
         assert torch.equal(draw(var), own)
 

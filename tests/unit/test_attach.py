@@ -9,19 +9,9 @@ from kvruntime import UnsupportedModel, WillNeverFit
 from kvruntime.catalogue import VAR_256
 from kvruntime.reference.transformer import EmojiVAR
 from policies import POLICY_NAMES, ScaleKV, ScaleSchedule
-from tests.support import profile_of
+from tests.support import every_attribute, profile_of
 
 LABELS = torch.tensor([0, 2])
-
-
-def every_attribute(model):
-    """All instance attributes of all modules, by identity."""
-    return {
-        (name, key): id(value)
-        for name, module in model.named_modules()
-        for key, value in module.__dict__.items()
-        if not isinstance(value, dict)
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
