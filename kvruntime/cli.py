@@ -104,12 +104,14 @@ def demo(
     formats: Annotated[
         bool, typer.Option(help="Compare all int4 and int2 pages as well, which takes a minute.")
     ] = True,
-    out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and demo.json.")] = Path(
+        "demo"
+    ),
     as_json: JSON = False,
 ) -> None:
     """Draw emoji with the bundled model: on its own cache, and on ours at a budget."""
     with _exit_codes():
-        from kvruntime.demo import print_report, run_demo, save_picture
+        from kvruntime.demo import print_report, run_demo, save_formats, save_picture
 
         if policy not in POLICY_NAMES:
             raise ValueError(f"unknown policy {policy!r}; there are {', '.join(POLICY_NAMES)}")
@@ -128,13 +130,18 @@ def demo(
                 compare_formats=formats,
             )
         save_picture(report, own, ours, out / "demo.png")
+        if formats:
+            save_formats(report, out / "formats.png")
         (out / "demo.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         if as_json:
             _print_json(report)
         else:
             console = Console()
             print_report(report, console)
-            console.print(f"wrote {out / 'demo.png'} and {out / 'demo.json'}", soft_wrap=True)
+            names = (
+                ["demo.png", "formats.png", "demo.json"] if formats else ["demo.png", "demo.json"]
+            )
+            console.print(f"wrote {', '.join(str(out / name) for name in names)}", soft_wrap=True)
 
 
 @app.command("plan")
