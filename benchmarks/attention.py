@@ -12,12 +12,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
-from torch import Tensor
 
 import kvruntime.pool
-from benchmarks.common import interleaved, ratios, spread
+from benchmarks.common import interleaved, own_attention, ratios, spread
 from kvruntime import PagedKVCache
 from kvruntime.catalogue import find_model
 from kvruntime.executor import Executor
@@ -86,15 +84,6 @@ def _one(name: str, dtype: str, repeats: int, progress: Progress | None) -> dict
         for n in schedule.tokens
     ]
 
-    def own() -> None:
-        cached: list[Tensor] = []
-        for step in steps:
-            q, k, v = step.transpose(2, 3).unbind(0)
-            if cached:
-                k, v = torch.cat((cached[0], k), 2), torch.cat((cached[1], v), 2)
-            cached = [k, v]
-            F.scaled_dot_product_attention(q, k, v)
-
     caches = {
         name: PagedKVCache(geometry, schedule, policy, BUDGET, kv_dtype=kv_dtype)
         for name, policy, kv_dtype in (
@@ -108,23 +97,24 @@ def _one(name: str, dtype: str, repeats: int, progress: Progress | None) -> dict
 
     def paged(name: str) -> None:
         with caches[name].open(ROWS) as cache, _Stopwatch() as watch:
-            began = time.perf_counter()
-            for q, k, v in steps[:-1]:
-                cache.attend(0, q, k, v)
-            before = watch.seconds["dequantize"]
-            last = time.perf_counter()
-            cache.attend(0, *steps[-1])
-            ended = time.perf_counter()
+            seconds, by_step = 0.0, []
+            for step in steps:
+                before, began = watch.seconds["dequantize"], time.perf_counter()
+                cache.attend(0, *step)
+                elapsed = time.perf_counter() - began
+                seconds += elapsed
+                by_step.append((watch.seconds["dequantize"] - before) / elapsed)
         compaction = sum(watch.seconds[part] for part in PARTS if part != "dequantize")
         shares[name].append(
             {
-                "selection": compaction / (ended - began),
-                "dequantize": watch.seconds["dequantize"] / (ended - began),
-                "dequantize_last_step": (watch.seconds["dequantize"] - before) / (ended - last),
+                "selection": compaction / seconds,
+                "dequantize": watch.seconds["dequantize"] / seconds,
+                "dequantize_worst_step": max(by_step),
+                "dequantize_last_step": by_step[-1],
             }
         )
 
-    runs: dict[str, Callable[[], object]] = {"own": own}
+    runs: dict[str, Callable[[], object]] = {"own": partial(own_attention, steps)}
     runs |= {cache: partial(paged, cache) for cache in caches}
     times = interleaved(runs, repeats, progress)
     lengths = caches["scalekv"].plan(ROWS).lengths[:, 0, 0].tolist()

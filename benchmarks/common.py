@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.progress import Progress
+from torch import Tensor
 
 from kvruntime.device import versions
 
@@ -29,6 +31,17 @@ def interleaved(
         if progress and bar is not None:
             progress.advance(bar)
     return times
+
+
+def own_attention(steps: list[Tensor]) -> None:
+    """One layer as models do it, torch.cat + SDPA; a step is q, k, v [3, rows, n, heads, dim]."""
+    cached: list[Tensor] = []
+    for step in steps:
+        q, k, v = step.transpose(2, 3).unbind(0)
+        if cached:
+            k, v = torch.cat((cached[0], k), 2), torch.cat((cached[1], v), 2)
+        cached = [k, v]
+        F.scaled_dot_product_attention(q, k, v)
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
-from torch import Tensor
 
 import kvruntime
-from benchmarks.common import interleaved, ratios, spread
+from benchmarks.common import interleaved, own_attention, ratios, spread
 from benchmarks.correctness import backends, correctness, filled_pool
 from kvruntime import PagedKVCache
 from kvruntime.catalogue import find_model
@@ -182,13 +180,7 @@ def attention(
     ]
 
     def own() -> None:
-        cached: list[Tensor] = []
-        for step in steps:
-            q, k, v = step.transpose(2, 3).unbind(0)
-            if cached:
-                k, v = torch.cat((cached[0], k), 2), torch.cat((cached[1], v), 2)
-            cached = [k, v]
-            F.scaled_dot_product_attention(q, k, v)
+        own_attention(steps)
         synchronise(device)
 
     def paged(cache: PagedKVCache) -> Callable[[], None]:

@@ -123,6 +123,26 @@ def test_scalekv_at_a_tenth(var, tmp_path):
     assert torch.equal(draw(var), own)
 
 
+@pytest.mark.parametrize(
+    ("policy", "kv_dtype", "share"), [("full", "int8", 0.266), ("full", "int4", 0.141)]
+)
+def test_quantised_pages(var, policy, kv_dtype, share):
+    """Of float32: (64 x bits / 8 + 4) / 256 bytes."""
+    own_attention(var)
+    own = draw(var)
+    before = every_attribute(var)
+    with kvruntime.attach(var, policy, 1.0, kv_dtype=kv_dtype) as attached:
+        first = draw(var)
+        assert torch.equal(draw(var), first)
+    stats = attached.stats
+    assert every_attribute(var) == before
+    assert stats.planned_pages == stats.peak_pages and stats.live_pages == 0
+    history = stats.baseline_bytes * 424 / 680
+    assert stats.token_bytes == pytest.approx(share * history, rel=1e-2)
+    psnr = float(-10 * (first - own).square().mean().log10())
+    print(f"\n{policy} {kv_dtype} from scale {stats.kv_start}: {psnr:.1f} dB")
+
+
 class Broken(Exception):
     pass
 
