@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from benchmarks import allocator, attention, generate, gpu
 from benchmarks.common import environment
+from kvruntime import BackendUnavailable
 
 BENCHMARKS: dict[str, Callable[[int, Progress | None], Any]] = {
     "allocator": allocator.run,
@@ -37,8 +38,12 @@ def main(
     if name == "gpu" and not torch.cuda.is_available():
         Console(stderr=True).print("torch sees no CUDA device: nothing was measured")
         raise typer.Exit(NO_GPU)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        results = BENCHMARKS[name](repeats, progress)
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            results = BENCHMARKS[name](repeats, progress)
+    except BackendUnavailable as error:
+        Console(stderr=True).print(str(error), markup=False)
+        raise typer.Exit(NO_GPU) from None
     report = {
         "version": 1,
         "benchmark": name,

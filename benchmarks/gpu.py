@@ -17,7 +17,8 @@ from rich.progress import Progress
 import kvruntime
 from benchmarks.common import interleaved, own_attention, ratios, spread
 from benchmarks.correctness import backends, correctness, filled_pool
-from kvruntime import PagedKVCache
+from kvruntime import BackendUnavailable, PagedKVCache
+from kvruntime.attention import reasons_against_xformers
 from kvruntime.catalogue import find_model
 from kvruntime.demo import demo_labels
 from kvruntime.formats import RowFormat
@@ -25,6 +26,8 @@ from kvruntime.plan import plan
 from kvruntime.pool import TORCH_DTYPES, Pages, free_bytes
 from kvruntime.reference import load_model
 from policies import CacheGeometry, ScaleSchedule
+
+PLAN_FOR_A_CPU = find_model("emoji64").with_dtypes("float16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,10 @@ def run(
 ) -> dict[str, Any]:
     """All of it. ``device`` must be able to run the xformers back end."""
     device = torch.device(device)
+    made = plan("var-d16" if device.type == "cuda" else PLAN_FOR_A_CPU)
+    reasons = reasons_against_xformers(device, made)
+    if reasons:
+        raise BackendUnavailable("xformers", reasons)
     correct = correctness(device, sizes.dtypes, sizes.head_dims, sizes.page_sizes, sizes.queries)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -232,7 +239,7 @@ def _memory(
         return {"planned_bytes": planned, "peak_allocated_bytes": None}
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    held = cache.stats.page_bytes + cache.stats.workspace_bytes
+    held = sum(part.nbytes for part in cache._executor.tensors) if cache._executor else 0
     before = torch.cuda.memory_allocated(device)
     draw()
     peak = torch.cuda.max_memory_allocated(device) - before + held

@@ -119,6 +119,8 @@ class PagedKVCache:
         self._memory = memory
         self._softmax_scale = geometry.head_dim**-0.5 if softmax_scale is None else softmax_scale
         self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None and torch.cuda.is_available():
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._backend, self._backend_reason = choose_backend(
             backend, self._device, self._row_plan, paged_queries
         )
@@ -187,7 +189,7 @@ class PagedKVCache:
                 raise ValueError(
                     f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}"
                 )
-            if part.device.type != self._device.type:
+            if part.device != self._device:
                 raise ValueError(f"{name} is on {part.device}, the pool on {self._device}")
         try:
             # a pool that autograd watches would hold every generation; autocast would round scores

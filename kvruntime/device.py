@@ -113,7 +113,7 @@ def operators(device: torch.device) -> dict[str, list[str]]:
     """Every attention operator of xformers, and why it cannot run here; empty if it can."""
     try:
         from kvruntime.attention import xformers
-    except ImportError:
+    except Exception:  # reasons_against_xformers, which doctor() shows as well, says which
         return {}
     return xformers.operators(device)
 

@@ -47,6 +47,11 @@ class Executor:
         dtype = TORCH_DTYPES[geometry.key_dtype]
         self._workspace = [torch.empty(size, dtype=dtype, device=device) for _ in "kv"]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is held from one generation to the next: the pool's pages and the workspace."""
+        return [*self.pool.whole, *self._workspace]
+
     def start(self) -> None:
         """Begin to count for another generation."""
         self.pool.allocator.reset_high_water()

@@ -225,7 +225,9 @@ class Plan:
             row = self.row.row_bytes(geometry.head_dim)
             codes = geometry.head_dim * self.row.bits // 8
             passing = row + 2 * codes + self.row.groups * _COEFFICIENT_BYTES
-            read = np.where(quantised, np.minimum(pages * size, SLICE_TOKENS) * passing, 0)
+            values = geometry.head_dim * 2 if geometry.key_dtype == "bfloat16" else 0
+            sliced = np.minimum(pages * size, SLICE_TOKENS) * (passing + values)
+            read = np.where(quantised, sliced, 0)
             passing += token + 5 * geometry.head_dim
             sliced = np.minimum(moved, SLICE_TOKENS) * passing
             write = np.where(
@@ -287,6 +289,8 @@ def plan_generation(
     if policy.num_queries == 0 and (lengths != lengths[:, :, :1]).any():
         raise ValueError(f"{policy.name} has no queries, so all heads of a layer must keep as many")
     never = len(schedule)
+    if row is not None and page_size > SLICE_TOKENS:
+        raise ValueError(f"quantised pages hold at most {SLICE_TOKENS} tokens, got {page_size}")
     if row is None:
         if start_scale is not None:
             raise ValueError(f"kv_start {start_scale} goes with a kv_dtype")

@@ -37,7 +37,8 @@ def upload(device: torch.device, arrays: list[NDArray[np.int64]]) -> list[Tensor
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     ends = np.cumsum([array.size for array in arrays])
-    host = torch.empty(int(ends[-1]), dtype=torch.int64, pin_memory=device.type == "cuda")
+    is_cuda = device.type == "cuda"
+    host = torch.empty(int(ends[-1]), dtype=torch.int64, device="cpu", pin_memory=is_cuda)
     np.concatenate([array.ravel() for array in arrays], out=host.numpy())
     there = host.to(device, non_blocking=True)  # torch keeps ``host`` until the copy is done
     return [
@@ -102,8 +103,8 @@ class Pool:
     A lane's tokens lie in the pages of its table row, in order; only owners write, and a page with
     two owners is copied before it is written. Slots number the token places of all pages.
 
-    exact: pages of tokens as the model makes them. quantised: the same bytes as pages of rows, or
-    None; ``row`` then asks for none.
+    whole: K and V as they were allocated. exact: pages of tokens as the model makes them.
+    quantised: the same bytes as pages of rows, or None; ``row`` then asks for none.
     """
 
     def __init__(
@@ -121,12 +122,12 @@ class Pool:
         if row is None:
             shape = (num_pages, page_size, head_dim)
             keys, values = (torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes)
-            self._whole = keys, values
+            self.whole = keys, values
             self.exact = Pages(keys, values, None)
             return
         shape = (num_pages, page_size, row.words(head_dim))
         keys, values = (torch.empty(shape, dtype=torch.int32, device=device) for _ in dtypes)
-        self._whole = keys, values
+        self.whole = keys, values
         self.quantised = Pages(keys, values, row)
         size = exact_page_size(geometry, row, page_size)
         exact = (
@@ -156,8 +157,8 @@ class Pool:
         old, new = table.replace_shared(first_token)
         if old.size:
             ids = [old.astype(np.int64), new.astype(np.int64)]
-            source, target = upload(self._whole[0].device, ids)
-            for pages in self._whole:
+            source, target = upload(self.whole[0].device, ids)
+            for pages in self.whole:
                 pages[target] = pages[source]
 
 

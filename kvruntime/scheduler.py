@@ -157,7 +157,7 @@ class Scheduler:
         if self._survivors is None:  # the first chunk of rows
             fresh = np.arange(*self.plan.schedule.span(self.scale))
             candidates = np.concatenate([self._tokens[self.layer], fresh])
-            empty = torch.empty(0)
+            empty = torch.empty(0, device="cpu")
             keep = self.plan.lengths[self.scale, self.layer]
             at = self.plan.schedule, self.scale, self.layer
             step = Step(*at, keep, candidates, empty, empty, None, 1.0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kvruntime.cache import PagedKVCache, Stats
+from kvruntime.errors import BackendUnavailable
 from kvruntime.executor import Observer
 from kvruntime.plan import Plan
 from policies import CacheGeometry, Policy, Profile, ScaleSchedule
@@ -77,8 +78,13 @@ class Attachment:
         self._options = options
         self._observer = observer
         parameter = next(seen.model.parameters())
-        self._cache = self._make_cache(parameter.dtype, parameter.device)
         self._made_for = (parameter.dtype, parameter.device)
+        try:
+            self._cache = self._make_cache(*self._made_for)
+        except BackendUnavailable:
+            if parameter.dtype != torch.float32:
+                raise
+            self._cache = self._make_autocast_cache(parameter.device)
         self._last_stats: Stats | None = None
 
     @property
@@ -110,6 +116,17 @@ class Attachment:
 
     def close(self) -> None:
         self._cache.close()
+
+    def _make_autocast_cache(self, device: torch.device) -> PagedKVCache:
+        """For float32 weights and a back end that cannot do that: autocast may make it a number
+        format that it can. If it does not, the first step refuses.
+        """
+        try:
+            self._made_for = (torch.bfloat16, device)
+            return self._make_cache(*self._made_for)
+        except BackendUnavailable:
+            self._made_for = (torch.float16, device)
+            return self._make_cache(*self._made_for)
 
     def _make_cache(self, dtype: torch.dtype, device: torch.device) -> PagedKVCache:
         seen = self._view

@@ -56,6 +56,11 @@ class Backend(Protocol):
         ...
 
 
+def last_line(text: str) -> str:
+    """What an error says at its end; a word where it says nothing."""
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
 def choose_backend(
     wanted: str, device: torch.device, plan: Plan, paged_queries: int
 ) -> tuple[Backend, str]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from typing import Any
 
+from kvruntime.attention import last_line
 from kvruntime.formats import RowFormat
 
 VARIANTS: list[tuple[str, int, int, RowFormat | None]] = [  # dtype, head_dim, page_size, row
@@ -47,7 +48,7 @@ def compile_in_a_process(
             env=environment,
         )
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return kernels, "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    return kernels, "" if done.returncode == 0 else last_line(done.stderr)
 
 
 class _Driver:

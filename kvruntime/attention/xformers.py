@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch
 import triton
 from torch import Tensor
 
-from kvruntime.attention import TESTED_VERSIONS
+from kvruntime.attention import TESTED_VERSIONS, last_line
 from kvruntime.formats import RowFormat, stored_bytes
 from kvruntime.plan import Plan
 from kvruntime.pool import Pages
@@ -39,6 +40,7 @@ warnings.filterwarnings("ignore", message="tl.make_block_ptr is deprecated")
 IS_INTERPRETED = type(splitk_kernels._splitK_reduce).__name__ == "InterpretedFunction"
 _BLOCKS = (64, 32, 16)  # keys the kernel takes at a time
 _LEAST_GROUP = 16  # numbers of a group: less is too short for a matrix product on the device
+_MOST_PROGRAMS = 1024  # of the kernel at once, by splitting keys; several for each processor
 _MOST_SLOTS = 2**31  # the kernel numbers slots in int32
 
 
@@ -77,9 +79,10 @@ class XFormers:
     ) -> Tensor:
         assert bias is None, "ragged lanes are read from pages"
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
-        out: Tensor = fmha.memory_efficient_attention_forward(
-            q, k, v, scale=softmax_scale, op=self._gathered_op
-        )
+        with _on_device_of(q):
+            out: Tensor = fmha.memory_efficient_attention_forward(
+                q, k, v, scale=softmax_scale, op=self._gathered_op
+            )
         return out
 
     def attend_pages(
@@ -97,17 +100,15 @@ class XFormers:
         groups = pages.row.groups if pages.row else 1
         op = _operator(_block(pages.page_size), groups)
         bias = _paged_bias(n, tables, lengths, longest, pages.page_size)
-        cached, cached_lse = fmha.memory_efficient_attention_partial(
-            q.transpose(1, 2).reshape(1, -1, 1, head_dim),
-            _flat(pages.keys),
-            _flat(pages.values),
-            bias,
-            scale=softmax_scale,
-            op=op,
-        )
-        fresh, fresh_lse = fmha.memory_efficient_attention_partial(
-            q, k, v, scale=softmax_scale, op=_operator(_BLOCKS[0], 1)
-        )
+        flat = q.transpose(1, 2).reshape(1, -1, 1, head_dim)
+        k_pages, v_pages = _flat(pages.keys), _flat(pages.values)
+        with _on_device_of(q):
+            cached, cached_lse = fmha.memory_efficient_attention_partial(
+                flat, k_pages, v_pages, bias, scale=softmax_scale, op=op
+            )
+            fresh, fresh_lse = fmha.memory_efficient_attention_partial(
+                q, k, v, scale=softmax_scale, op=_operator(_BLOCKS[0], 1)
+            )
         cached_lse = cached_lse.view(rows, heads, n)
         share = torch.sigmoid(fresh_lse - cached_lse).float().unsqueeze(-1)
         out = torch.lerp(cached.view(rows, heads, n, head_dim), fresh.transpose(1, 2), share)
@@ -184,13 +185,15 @@ def _broken(
     if row is not None and not unreadable(16, 0, head_dim, row):
         rows = quantize(tokens[:, :, 0], row)
         kinds.append(Pages(rows, rows, row))
-    backend = XFormers(device, dtype, head_dim, 16)
     try:
+        backend = XFormers(device, dtype, head_dim, 16)
         for pages in kinds:
             backend.attend_pages(tokens, tokens, tokens, pages, ints, ints[0], 16, 1.0)
         backend.attend(tokens, tokens.transpose(1, 2), tokens.transpose(1, 2), None, 1.0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     except Exception as error:  # the compiler's own kinds, and whatever a missing name raises
-        what = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        what = f"{type(error).__name__}: {last_line(str(error))}"
         return [f"its kernels fail with triton {triton.__version__} ({what}); {TESTED_VERSIONS}"]
     return []
 
@@ -211,16 +214,43 @@ def _operator_for_gathered(device: torch.device, dtype: torch.dtype, head_dim: i
 @functools.cache
 def _operator(block: int, groups: int) -> Any:
     """xformers' operator for pages that are a multiple of ``block`` tokens, and so many groups."""
-    devices = {"cuda", "cpu"} if IS_INTERPRETED else {"cuda"}
     kernel = splitk_kernels._get_splitk_kernel(groups)  # it would be made again at every call
-    members = {
-        "NAME": f"triton_splitK, blocks of {block}",
-        "SUPPORTED_DEVICES": devices,
-        "BLOCK_N": block,
-        "NUM_GROUPS": groups,
-        "get_kernel": classmethod(lambda cls: kernel),
-    }
-    return type("PagedOperator", (triton_splitk.FwOp,), members)
+
+    class PagedOperator(triton_splitk.FwOp):  # type: ignore[misc]
+        NAME = f"triton_splitK, blocks of {block}"
+        SUPPORTED_DEVICES: ClassVar = {"cuda", "cpu"} if IS_INTERPRETED else {"cuda"}
+        BLOCK_N = block
+        NUM_GROUPS = groups
+
+        @classmethod
+        def get_kernel(cls) -> Any:
+            return kernel
+
+        @classmethod
+        def get_split_k(
+            cls, B: int, G: int, H: int, Mk: int, Mq: int, page_size: int, is_paged: bool = False
+        ) -> int:
+            """xformers' number of splits, but not more than fill a GPU: each one keeps a float32
+            result of all queries.
+            """
+            splits: int = super().get_split_k(B, G, H, Mk, Mq, page_size, is_paged)
+            programs = -(-Mq * (1 if is_paged else B * G * H) // int(cls.BLOCK_M))
+            return max(1, min(splits, _MOST_PROGRAMS // max(1, programs)))
+
+        @classmethod
+        def not_supported_reasons(cls, inputs: Any) -> list[str]:
+            """Without the complaint that xformers' C++ library is missing, which this operator does
+            not use: a torch of another CUDA version cannot load it.
+            """
+            reasons = super().not_supported_reasons(inputs)
+            return [reason for reason in reasons if "build with CUDA" not in reason]
+
+    return PagedOperator
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
 
 
 def _block(page_size: int) -> int:

@@ -93,6 +93,13 @@ def test_the_bundled_model_draws_the_same_through_the_kernel(unsplit, scales, po
     assert psnr >= 45
 
 
+def test_float32_weights_may_become_float16_by_autocast(xformers, tiny_model):
+    with kvruntime.attach(tiny_model, "full", 1.0, backend="xformers") as cache:
+        with pytest.raises(BackendUnavailable, match=r"dtype=torch\.float32"):
+            tiny_model.generate(torch.arange(1))
+        assert cache.stats.live_pages == 0
+
+
 def test_what_cannot_run_says_why(xformers, monkeypatch):
     schedule = ScaleSchedule.of([1, 2])
 

@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import gpu
+import torch
+
+from benchmarks import correctness, gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,6 +16,7 @@ def test_every_part_runs(xformers):
     cases = report["correctness"]
     assert report["all_correct"], [case for case in cases if case["error"] > case["bound"]]
     paths = {(case["backend"], case["path"], case["kv_dtype"]) for case in cases}
+    assert any(case["before_start"] and case["path"] == "pages" for case in cases)
     exact_and_int4 = {("xformers", "pages", kind) for kind in (None, "int4")}
     gathered = {
         (backend, "gathered", kind)
@@ -28,6 +31,16 @@ def test_every_part_runs(xformers):
     assert ways["full float16 sdpa"]["page_steps"] == 0
     assert ways["scalekv int4 xformers"]["planned_bytes"] > 0
     assert report["generate"]["own_seconds"]["median"] > 0
+
+
+def test_a_result_that_is_no_number_is_wrong(xformers, monkeypatch):
+    right = xformers.XFormers.attend_pages
+    monkeypatch.setattr(
+        xformers.XFormers, "attend_pages", lambda *args: right(*args) * float("nan")
+    )
+    cases = correctness.correctness(torch.device("cpu"), ("float16",), (32,), (16,), (1,))
+    for case in cases:
+        assert (case["error"] > case["bound"]) == (case["path"] == "pages")
 
 
 def test_without_a_gpu_it_says_so_and_exits_with_3(tmp_path):

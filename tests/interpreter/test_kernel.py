@@ -154,6 +154,15 @@ def test_unreadable_formats_are_gathered(xformers):
     assert backend.reads_pages(pages, 257, True), "ragged lanes cannot be gathered"
 
 
+def test_splits_stop_where_the_gpu_is_full(xformers):
+    """Infinity-2B, one picture, whole history: xformers would keep 50 results of all queries."""
+    lanes, n, places = 32, 256, 101 * 64
+    ours, theirs = xformers._operator(64, 1), xformers.triton_splitk.FwOp
+    assert theirs.get_split_k(lanes, 1, 1, places, lanes * n, 64, True) == 50
+    assert ours.get_split_k(lanes, 1, 1, places, lanes * n, 64, True) == 2
+    assert ours.get_split_k(1, 1, 1, places, 1, 64, True) > 10, "few queries need them"
+
+
 def test_gathered_tokens(xformers):
     q, k, v = (torch.randn(2, n, 3, 32).half() for n in (20, 50, 50))
     backend = make(xformers, 0)

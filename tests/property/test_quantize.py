@@ -72,10 +72,26 @@ def test_constant_wide_and_missing_values(row):
     assert not there_and_back(torch.zeros(1, 64), row).any()
     wide = torch.linspace(-6e4, 6e4, 64).unsqueeze(0)
     assert there_and_back(wide, row).isfinite().all(), "saturates"
+    for outlier in (-1e5, 1e5):
+        beyond = torch.zeros(1, 64)
+        beyond[0, 3] = outlier
+        assert there_and_back(beyond, row).isfinite().all()
+    assert there_and_back(torch.full((1, 64), 1e5), row).isfinite().all()
     missing = torch.zeros(2, 64)
     missing[0, 5] = torch.nan
     out = there_and_back(missing, row)
     assert out[0].isnan().any() and not out[1].any(), "a lane's NaN is not hidden"
+
+
+@pytest.mark.parametrize("row", [RowFormat(2), RowFormat(4, 2), RowFormat(8, 4)])
+def test_bfloat16_is_rounded_once(row):
+    """The kernel works in float16 and rounds to bfloat16 at the end."""
+    values = torch.randn(50, 64)
+    packed = quantize(values.bfloat16(), row)
+    ours, kernels = torch.empty(50, 64, dtype=torch.bfloat16), torch.empty(50, 64).half()
+    dequantize(packed, row, ours)
+    dequantize(packed, row, kernels)
+    assert torch.equal(ours, kernels.bfloat16())
 
 
 def test_strided_parts_and_empty_ones():

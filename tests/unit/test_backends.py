@@ -58,17 +58,28 @@ def test_without_xformers_the_remedy_is_named(monkeypatch):
         ({"kv_dtype": "int4", "kv_start": True}, "got True"),
         ({"kv_dtype": "int4", "page_size": 4}, "page_size must be a multiple of 8"),
         ({"kv_start": 0}, "goes with a kv_dtype"),
+        ({"kv_dtype": "int4", "page_size": 2048}, "at most 1024 tokens, got 2048"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_made(tiny_model, options, words):
     with pytest.raises(ValueError, match=words):
         make(**options)
-    if options == {"kv_dtype": "int4", "page_size": 4} or "kv_start" in options:
+    if "page_size" in options or "kv_start" in options:
         return  # the model's head dimension and schedule are others
     before = every_attribute(tiny_model)
     with pytest.raises(ValueError), kvruntime.attach(tiny_model, "full", 1.0, **options):
         pass
     assert every_attribute(tiny_model) == before
+
+
+def test_a_default_device_does_not_matter():
+    q = torch.zeros(1, 1, 2, 32)
+    torch.set_default_device("meta")
+    try:
+        with make().open(1) as cache:
+            assert cache.attend(0, q, q, q).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
 
 
 def test_attach_hands_the_options_on(tiny_model):

@@ -112,8 +112,8 @@ def test_uploads_are_pinned_and_packed(monkeypatch):
     made = []
 
     class Pinned:
-        def __init__(self, size, dtype, pin_memory):
-            assert dtype is torch.int64 and pin_memory
+        def __init__(self, size, dtype, device, pin_memory):
+            assert dtype is torch.int64 and device == "cpu" and pin_memory
             self.tensor = torch.zeros(size, dtype=dtype)
 
         def numpy(self):
