@@ -225,7 +225,7 @@ class Plan:
             row = self.row.row_bytes(geometry.head_dim)
             codes = geometry.head_dim * self.row.bits // 8
             passing = row + 2 * codes + self.row.groups * _COEFFICIENT_BYTES
-            values = geometry.head_dim * 2 if geometry.key_dtype == "bfloat16" else 0
+            values = geometry.head_dim * 4 if geometry.key_dtype == "bfloat16" else 0
             sliced = np.minimum(pages * size, SLICE_TOKENS) * (passing + values)
             read = np.where(quantised, sliced, 0)
             passing += token + 5 * geometry.head_dim

@@ -43,12 +43,12 @@ def quantize(values: Tensor, row: RowFormat) -> Tensor:
 def dequantize(rows: Tensor, row: RowFormat, out: Tensor) -> None:
     """Write the values of rows [..., words] into out [..., head_dim].
 
-    In float16, as the kernel does, and rounded to bfloat16 at the end; in float32 if ``out`` is.
-    Takes a byte of scratch for 8 / bits values, and two more a value for bfloat16.
+    In float16 as the kernel does, else in float32, and rounded to bfloat16 once, at the end. Takes
+    a byte of scratch for 8 / bits values, and four a value for bfloat16.
     """
     values = out
     if out.dtype == torch.bfloat16:
-        values = torch.empty(out.shape, dtype=torch.float16, device=out.device)
+        values = torch.empty(out.shape, dtype=torch.float32, device=out.device)
     packed = rows[..., row.groups :].view(torch.uint8)
     per_byte = 8 // row.bits
     for place in range(per_byte):
