@@ -99,7 +99,8 @@ class PagedKVCache:
             raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
         if softmax_scale is not None and not math.isfinite(softmax_scale):
             raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
-        profile = load_profile(profile) if isinstance(profile, str | Path) else profile
+        if isinstance(policy, str) and isinstance(profile, str | Path):
+            profile = load_profile(profile)
         self._policy = choose_policy(policy, profile, geometry.layers)
         self._profile_note = profile_note(policy, profile, schedule)
         # one row is planned now, so that a budget that cannot work is refused before anything is

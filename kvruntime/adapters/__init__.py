@@ -67,7 +67,8 @@ def attach(
     seen = view(model)
     if profile is None and isinstance(policy, str):
         profile = seen.profile()
-    profile = load_profile(profile) if isinstance(profile, str | Path) else profile
+    if isinstance(policy, str) and isinstance(profile, str | Path):
+        profile = load_profile(profile)
     chosen = choose_policy(policy, profile, len(seen.attentions))
     note = profile_note(policy, profile, seen.schedule)
     attachment = Attachment(

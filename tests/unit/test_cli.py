@@ -252,7 +252,8 @@ def test_doctor():
         and report["backends"]["xformers"]["reasons"]
     )
     assert report["triton"]["compiles"] and report["triton"]["capability"] == 90
-    assert "device=cpu" in "; ".join(report["operators"]["triton_splitK, pages"])
+    assert report["operators"]["triton_splitK, pages"]
+    assert any("device=cpu" in "; ".join(reasons) for reasons in report["operators"].values())
     assert len(report["operators"]) >= 4 and all(report["operators"].values())
     assert report["host"]["total_bytes"] > 0
     assert bool(report["cuda"]["nvml"]) != bool(report["cuda"]["why_no_nvml"])
