@@ -172,12 +172,11 @@ def _finite(value: Tensor) -> float | None:
 def print_report(report: dict[str, Any], console: Console) -> None:
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("PSNR", lambda run: _number(run["psnr_db"]["mean"], "inf")),
-        ("KL", lambda run: f"{run['kl']:.4f}"),
+        ("KL", lambda run: f"{run['kl']:.2g}"),
         ("pages", _pages),
         ("kept MiB", lambda run: f"{run['token_bytes'] / 2**20:.1f}"),
         ("pool MiB", lambda run: f"{run['page_bytes'] / 2**20:.1f}"),
-        ("own MiB", lambda run: f"{run['baseline_bytes'] / 2**20:.1f}"),
-        ("s", lambda run: f"{run['seconds']:.2f}"),
+        ("s", lambda run: f"{run['seconds']:.1f}"),
     ]
     title = f"{report['count']} pictures, {report['dtype']}, budget {report['budget']}"
     runs = [*report["runs"].values(), *report["quantised"]]
@@ -190,7 +189,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         "PSNR in dB and KL in nats are against the model's own cache; pages are planned/used; "
-        f"{sum(run['leaked_pages'] for run in runs)} pages leaked"
+        f"{sum(run['leaked_pages'] for run in runs)} pages leaked; its own cache takes "
+        f"{runs[0]['baseline_bytes'] / 2**20:.1f} MiB"
     )
     if report["quantised"]:
         console.print("int4/2 @5: 4 bits in 2 groups of scale and shift, from scale 5 on")
