@@ -130,7 +130,7 @@ class Scheduler:
             pass
         elif plan.policy.num_queries == 0:
             kept, targets = self._keep_known(cached, handed_over)
-        elif not table.is_ragged and (after == cached + fresh).all():
+        elif (after == cached + fresh).all():  # then it is not ragged
             kept = targets = np.arange(0 if handed_over else cached, cached + fresh)
         else:
             kept, targets = None, np.arange(int(after.max()))

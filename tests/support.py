@@ -15,29 +15,38 @@ sizes = st.one_of(
     st.tuples(st.integers(1, 4), st.integers(1, 4)),
     st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)),
 )
-schedules = st.lists(sizes, min_size=1, max_size=6).map(ScaleSchedule.of)
+schedules = st.one_of(  # short ones by themselves: most of hypothesis' lists would be
+    st.lists(sizes, min_size=1, max_size=2), st.lists(sizes, min_size=3, max_size=6)
+).map(ScaleSchedule.of)
 
 
 @dataclass(frozen=True)
-class RaggedPolicy:
-    """Heads keep different numbers of randomly chosen tokens: what per-head policies will do."""
+class RandomPolicy:
+    """Keeps any number of any tokens, as the contract of policies allows. Without queries all
+    lanes keep the same; with them each its own, and ``is_ragged`` heads different numbers.
+    """
 
     seed: int
-    name: str = "ragged"
     num_queries: int = 1
+    is_ragged: bool = True
+    name: str = "random"
 
     def lengths(self, schedule, geometry, budget):
         rng = np.random.default_rng(self.seed)
         lengths = np.zeros((len(schedule), geometry.layers, geometry.heads), dtype=np.int64)
-        held = np.zeros((geometry.layers, geometry.heads), dtype=np.int64)
+        held = np.zeros((geometry.layers, geometry.heads if self.is_ragged else 1), dtype=np.int64)
         for scale, fresh in enumerate(schedule.tokens[:-1]):
             held = rng.integers(1, held + fresh + 1)
             lengths[scale] = held
         return lengths
 
     def select(self, step):
+        seed = self.seed + step.scale * 100 + step.layer
+        if self.num_queries == 0:
+            rng = np.random.default_rng(seed)
+            return np.sort(rng.permutation(step.tokens.size)[: step.keep[0]])
         rows, _, heads, _ = step.queries.shape
-        generator = torch.Generator().manual_seed(self.seed + step.scale * 100 + step.layer)
+        generator = torch.Generator().manual_seed(seed)
         scores = torch.rand(rows, heads, step.keys.shape[2], generator=generator)
         if step.bias is not None:
             scores = scores + step.bias[:, 0].float()
@@ -72,9 +81,10 @@ class Spy:
 def policies(draw, layers):
     """A policy, its roles drawn at random where it has any."""
     some_layers = st.frozensets(st.integers(0, layers - 1), max_size=layers)
-    kind = draw(st.sampled_from([*POLICY_NAMES, "ragged", "roles", "demanding"]))
-    if kind == "ragged":
-        return RaggedPolicy(draw(st.integers(0, 1000)))
+    kind = draw(st.sampled_from([*POLICY_NAMES, "roles", "demanding", "random", "random"]))
+    if kind == "random":
+        num_queries, is_ragged = draw(st.sampled_from([(0, False), (1, False), (1, True)]))
+        return RandomPolicy(draw(st.integers(0, 1000)), num_queries, is_ragged)
     if kind == "roles":
         roles = tuple(draw(st.lists(some_layers, min_size=1, max_size=6)))
         return ScaleKV(roles, grid=draw(st.integers(1, 2)), pool=draw(st.sampled_from([1, 3])))

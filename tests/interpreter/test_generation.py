@@ -13,7 +13,8 @@ from kvruntime import BackendUnavailable, PagedKVCache
 from kvruntime.quality import psnr_db
 from kvruntime.reference import load_model
 from policies import CacheGeometry, ScaleSchedule
-from tests.generations import cases, check_generation
+from tests.generations import Case, cases, check_generation
+from tests.support import RandomPolicy, Spy
 
 options = st.fixed_dictionaries(
     {"backend": st.just("xformers"), "paged_queries": st.sampled_from([0, 3, 10**6])}
@@ -44,6 +45,16 @@ def test_a_generation_is_dense_attention_over_the_kept_tokens(unsplit, case):
     stats = cache.stats
     assert stats.backend == "xformers"
     assert stats.backend_reason == "asked for; gathered tokens go to triton_splitK, blocks of 64"
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+@pytest.mark.parametrize("num_queries", [0, 1])
+def test_the_hand_over_at_any_scale(unsplit, num_queries, start):
+    options = {"backend": "xformers", "kv_dtype": "int4", "kv_start": start}
+    geometry = CacheGeometry(2, 2, 32, "float16", "float16")
+    policy = Spy(RandomPolicy(0, num_queries, is_ragged=False))
+    case = Case(geometry, ScaleSchedule.of([1, 2, 3, 2]), policy, 1, 64, 2, 2**28, options)
+    check_generation(case, case.cache(), 1e-2)
 
 
 class Enough(Exception):

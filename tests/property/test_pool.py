@@ -48,13 +48,23 @@ class PoolMachine(RuleBasedStateMachine):
         self.counter += count
         return k.view(rows, heads, tokens, DIM), -k.view(rows, heads, tokens, DIM) - 1
 
-    @rule(target=tables, rows=st.integers(1, 2), heads=st.integers(1, 2))
-    def open(self, rows, heads):
+    @rule(
+        target=tables,
+        rows=st.integers(1, 2),
+        heads=st.integers(1, 2),
+        tokens=st.integers(0, 6),
+    )
+    def open(self, rows, heads, tokens):
         table = BlockTable(self.pool.allocator, rows, heads, self.pages.page_size)
         self.dense[table] = [[self.fresh(1, 1, 0)] * heads for _ in range(rows)]
+        if tokens:
+            self.append(table, tokens)
         return table
 
     @rule(table=tables, tokens=st.integers(1, 4))
+    def add(self, table, tokens):
+        self.append(table, tokens)
+
     def append(self, table, tokens):
         if table.is_ragged:
             return

@@ -15,7 +15,7 @@ from kvruntime.catalogue import (
 )
 from kvruntime.plan import MAX_ROWS, choose_policy, default_page_size, plan_generation, profile_note
 from policies import CacheGeometry, Full, ScaleKV, ScaleSchedule, SlidingWindow, load_preset
-from tests.support import RaggedPolicy, profile_of
+from tests.support import RandomPolicy, profile_of
 
 MIB = 2**20
 
@@ -150,12 +150,10 @@ def test_bad_input(call, message):
 
 
 def test_policies_without_queries_keep_the_same_in_all_heads():
-    class Odd(RaggedPolicy):
-        num_queries = 0
-
     schedule = ScaleSchedule.of([1, 3, 4])
-    with pytest.raises(ValueError, match="ragged has no queries, so all heads"):
-        plan_generation(CacheGeometry(2, 4, 2), schedule, Odd(0, num_queries=0), 5, 1)
+    with pytest.raises(ValueError, match="random has no queries, so all heads"):
+        odd = RandomPolicy(0, num_queries=0, is_ragged=True)
+        plan_generation(CacheGeometry(2, 4, 2), schedule, odd, 5, 1)
 
 
 def test_memory_is_required_before_anything_is_made():
