@@ -26,7 +26,7 @@ class RowFormat:
             raise ValueError(f"kv_groups must be one of {GROUPS}, got {self.groups!r}")
 
     @classmethod
-    def named(cls, kv_dtype: str, groups: int = 1) -> RowFormat:
+    def named(cls, kv_dtype: str, groups: int) -> RowFormat:
         """The format of ``kv_dtype``: int2, int4 or int8. Raises ValueError for another name."""
         if kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
