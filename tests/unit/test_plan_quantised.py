@@ -123,15 +123,15 @@ def test_formats_of_catalogue_models():
 def test_bad_formats():
     row = RowFormat(4)
     for start in (True, 1.0, "1"):
-        with pytest.raises(ValueError, match="^kv_start must be a scale, got"):
+        with pytest.raises(ValueError, match=r"^kv_start must be a scale, got"):
             one_lane("float16", row, start)
     for start in (-1, 3):
         message = rf"^kv_start must be a scale in 0\.\.2, got {start}$"
         with pytest.raises(ValueError, match=message):
             one_lane("float16", row, start)
     assert one_lane("float16", row, 2).start_scale == 2
-    with pytest.raises(ValueError, match="^kv_start 1 goes with a kv_dtype$"):
+    with pytest.raises(ValueError, match=r"^kv_start 1 goes with a kv_dtype$"):
         one_lane("float16", None, 1)
     assert one_lane("float16", row, 1, page_size=1024).page_size == 1024
-    with pytest.raises(ValueError, match="^quantised pages hold at most 1024 tokens, got 2048$"):
+    with pytest.raises(ValueError, match=r"^quantised pages hold at most 1024 tokens, got 2048$"):
         one_lane("float16", row, 1, page_size=2048)
