@@ -23,7 +23,7 @@ from kvruntime.catalogue import find_model
 from kvruntime.demo import demo_labels
 from kvruntime.formats import RowFormat
 from kvruntime.plan import plan
-from kvruntime.pool import TORCH_DTYPES, Pages, free_bytes
+from kvruntime.pool import TORCH_DTYPES, Lanes, Pages, free_bytes
 from kvruntime.reference import load_model
 from policies import CacheGeometry, ScaleSchedule
 
@@ -151,13 +151,14 @@ def _crossing(
     pages = filled_pool(device, dtype, head_dim, page_size, row, lanes * width)
     tables = torch.randperm(lanes * width, device=device).view(lanes, width)
     lengths = torch.full((lanes,), cached, device=device)
+    held = Lanes(pages, tables, lengths, cached)
     q, k, v = torch.randn(3, rows, n, heads, head_dim, device=device).to(TORCH_DTYPES[dtype])
     room = (2, rows, heads, width * page_size + n, head_dim)
     workspace = torch.empty(room, dtype=q.dtype, device=device)
     keys, values = workspace[:, :, :, : cached + n]
 
     def paged() -> None:
-        backend.attend_pages(q, k, v, pages, tables, lengths, cached, 0.1)
+        backend.attend_pages(q, k, v, held, 0.1)
 
     def gathered() -> None:
         pages.gather(tables.view(rows, heads, width), cached, *workspace)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvruntime.attention import Backend
 from kvruntime.plan import SLICE_TOKENS, Plan
-from kvruntime.pool import TORCH_DTYPES, Pages, Pool, read, upload, write
+from kvruntime.pool import TORCH_DTYPES, Lanes, Pages, Pool, read, upload, write
 from kvruntime.quantize import quantize
 from kvruntime.scheduler import Move, Scheduler
 from policies import Step
@@ -80,9 +80,8 @@ class Executor:
             if move.is_ragged:
                 bias = _hide_short_heads(lengths, move.cached, keys, values)
         if from_pages:
-            out = self._backend.attend_pages(
-                q, k, v, stored, ids.flatten(0, 1), lengths, move.cached, self._softmax_scale
-            )
+            lanes = Lanes(stored, ids.flatten(0, 1), lengths, move.cached)
+            out = self._backend.attend_pages(q, k, v, lanes, self._softmax_scale)
         else:
             out = self._backend.attend(q, keys, values, bias, self._softmax_scale)
         self.page_steps += from_pages

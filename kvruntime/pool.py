@@ -97,6 +97,18 @@ class Pages:
                 dequantize(rows[:, :, : end - start], self.row, into[:, :, start:end])
 
 
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """What some lanes hold: of the pages that int64 tables [lanes, width] name, in order, the first
+    ``lengths`` tokens, int64 [lanes]; at most ``longest``.
+    """
+
+    pages: Pages
+    tables: Tensor
+    lengths: Tensor
+    longest: int
+
+
 class Pool:
     """One run of bytes for all layers, in equally large pages, and who owns which page.
 

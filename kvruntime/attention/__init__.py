@@ -10,7 +10,7 @@ from torch import Tensor
 from kvruntime.attention import sdpa
 from kvruntime.errors import BackendUnavailable
 from kvruntime.plan import Plan
-from kvruntime.pool import TORCH_DTYPES, Pages
+from kvruntime.pool import TORCH_DTYPES, Lanes, Pages
 
 BACKENDS = ("auto", "sdpa", "xformers")
 TESTED_VERSIONS = "tested with xformers 0.0.35 and triton 3.7.1: pip install 'kvruntime[xformers]'"
@@ -37,21 +37,10 @@ class Backend(Protocol):
         ...
 
     def attend_pages(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pages: Pages,
-        tables: Tensor,
-        lengths: Tensor,
-        longest: int,
-        softmax_scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, cached: Lanes, softmax_scale: float
     ) -> Tensor:
-        """Attention of q to what the pages hold and to the fresh k and v, all [rows, n, heads,
-        head_dim].
-
-        tables: int64 [rows * heads, width] page ids; lengths: int64 [rows * heads] tokens, at most
-        ``longest``.
+        """Attention of q to what the rows * heads lanes hold and to the fresh k and v, all [rows,
+        n, heads, head_dim].
         """
         ...
 

@@ -76,7 +76,7 @@ def _compile(capability: int, variants: list[tuple[str, int, int, RowFormat | No
     from xformers.ops import fmha
 
     from kvruntime.attention import xformers
-    from kvruntime.pool import TORCH_DTYPES, Pool
+    from kvruntime.pool import TORCH_DTYPES, Lanes, Pool
     from policies import CacheGeometry
 
     triton.runtime.driver.set_active(_Driver(capability))
@@ -102,7 +102,7 @@ def _compile(capability: int, variants: list[tuple[str, int, int, RowFormat | No
             q = torch.zeros(rows, n, 1, head_dim, dtype=TORCH_DTYPES[dtype])
             tables = torch.zeros(rows, 64, dtype=torch.int64)
             lengths = torch.zeros(rows, dtype=torch.int64)
-            backend.attend_pages(q, q, q, pages, tables, lengths, 64, 1.0)
+            backend.attend_pages(q, q, q, Lanes(pages, tables, lengths, 64), 1.0)
             for kernel in compiled:
                 result = {
                     "capability": capability,

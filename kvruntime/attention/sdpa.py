@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvruntime.pool import Pages
+from kvruntime.pool import Lanes, Pages
 
 
 class SDPA:
@@ -27,14 +27,6 @@ class SDPA:
         return out.transpose(1, 2)
 
     def attend_pages(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pages: Pages,
-        tables: Tensor,
-        lengths: Tensor,
-        longest: int,
-        softmax_scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, cached: Lanes, softmax_scale: float
     ) -> Tensor:
         raise NotImplementedError("torch has no attention over pages")

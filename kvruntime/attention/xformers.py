@@ -22,7 +22,7 @@ from torch import Tensor
 from kvruntime.attention import TESTED_VERSIONS, last_line
 from kvruntime.formats import RowFormat, stored_bytes
 from kvruntime.plan import Plan
-from kvruntime.pool import Pages
+from kvruntime.pool import Lanes, Pages
 from kvruntime.quantize import quantize
 
 with warnings.catch_warnings():  # deprecations between xformers and triton
@@ -86,32 +86,25 @@ class XFormers:
         return out
 
     def attend_pages(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pages: Pages,
-        tables: Tensor,
-        lengths: Tensor,
-        longest: int,
-        softmax_scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, cached: Lanes, softmax_scale: float
     ) -> Tensor:
         rows, n, heads, head_dim = q.shape
+        pages = cached.pages
         groups = pages.row.groups if pages.row else 1
         op = _operator(_block(pages.page_size), groups)
-        bias = _paged_bias(n, tables, lengths, longest, pages.page_size)
+        bias = _paged_bias(n, cached.tables, cached.lengths, cached.longest, pages.page_size)
         flat = q.transpose(1, 2).reshape(1, -1, 1, head_dim)
         k_pages, v_pages = _flat(pages.keys), _flat(pages.values)
         with _on_device_of(q):
-            cached, cached_lse = fmha.memory_efficient_attention_partial(
+            old, old_lse = fmha.memory_efficient_attention_partial(
                 flat, k_pages, v_pages, bias, scale=softmax_scale, op=op
             )
             fresh, fresh_lse = fmha.memory_efficient_attention_partial(
                 q, k, v, scale=softmax_scale, op=_operator(_BLOCKS[0], 1)
             )
-        cached_lse = cached_lse.view(rows, heads, n)
-        share = torch.sigmoid(fresh_lse - cached_lse).float().unsqueeze(-1)
-        out = torch.lerp(cached.view(rows, heads, n, head_dim), fresh.transpose(1, 2), share)
+        old_lse = old_lse.view(rows, heads, n)
+        share = torch.sigmoid(fresh_lse - old_lse).float().unsqueeze(-1)
+        out = torch.lerp(old.view(rows, heads, n, head_dim), fresh.transpose(1, 2), share)
         return out.transpose(1, 2).to(q.dtype)
 
 
@@ -188,7 +181,7 @@ def _broken(
     try:
         backend = XFormers(device, dtype, head_dim, 16)
         for pages in kinds:
-            backend.attend_pages(tokens, tokens, tokens, pages, ints, ints[0], 16, 1.0)
+            backend.attend_pages(tokens, tokens, tokens, Lanes(pages, ints, ints[0], 16), 1.0)
         backend.attend(tokens, tokens.transpose(1, 2), tokens.transpose(1, 2), None, 1.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvruntime.formats import RowFormat
-from kvruntime.pool import Pool
+from kvruntime.pool import Lanes, Pool
 from kvruntime.quantize import dequantize, quantize
 from policies import CacheGeometry
 from tests.support import dense_attention
@@ -62,9 +62,8 @@ class Cached:
         backend = make(xformers, 10**6)
         assert backend.reads_pages(self.pages, num_queries, True)
         scale = self.head_dim**-0.5
-        lengths = torch.tensor(self.lengths)
-        longest = max(self.lengths)
-        out = backend.attend_pages(q, k, v, self.pages, self.tables, lengths, longest, scale)
+        lengths, longest = torch.tensor(self.lengths), max(self.lengths)
+        out = backend.attend_pages(q, k, v, Lanes(self.pages, self.tables, lengths, longest), scale)
         assert out.shape == q.shape and out.dtype == q.dtype
         errors = []
         for index in range(len(self.lengths)):

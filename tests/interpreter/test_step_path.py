@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvruntime.formats import RowFormat
-from kvruntime.pool import Pool
+from kvruntime.pool import Lanes, Pool
 from policies import CacheGeometry
 
 
@@ -33,6 +33,7 @@ def test_nothing_is_read_back(xformers, monkeypatch, row, rows):
     q, k, v = torch.empty(3, rows, 9, 3, 32, dtype=torch.float16, device=meta)
     tables = torch.zeros(rows * 3, 2, dtype=torch.int64, device=meta)
     NoKernel.launches = 0
-    out = backend.attend_pages(q, k, v, pages, tables, tables[:, 0].contiguous(), 100, 0.2)
+    lanes = Lanes(pages, tables, tables[:, 0].contiguous(), 100)
+    out = backend.attend_pages(q, k, v, lanes, 0.2)
     assert out.shape == q.shape and out.dtype == q.dtype
     assert 2 <= NoKernel.launches <= 4, "a kernel for the pages, one for the scale, their sums"
