@@ -130,7 +130,7 @@ def _one(name: str, dtype: str, repeats: int, progress: Progress | None) -> dict
     for cache in caches:
         plan = caches[cache].plan(ROWS)
         report[cache] = {
-            "kv_start": plan.start_scale if plan.row else None,
+            "kv_start": plan.page_format["kv_start"],
             "speedup": spread(ratios(times["own"], times[cache])),
             "time_ratio": spread(ratios(times[cache], times["own"])),
             "page_bytes": plan.page_bytes,

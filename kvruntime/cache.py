@@ -234,7 +234,7 @@ class PagedKVCache:
 
     @property
     def stats(self) -> Stats:
-        plan, executor, shape = self._plan, self._executor, self._row_plan
+        plan, executor = self._plan, self._executor
         pages = executor.pool.allocator if executor else None
         return Stats(
             policy=self._policy.name,
@@ -243,9 +243,7 @@ class PagedKVCache:
             backend_reason=self._backend_reason,
             page_steps=executor.page_steps if executor else 0,
             gather_steps=executor.gather_steps if executor else 0,
-            kv_dtype=shape.row.name if shape.row else None,
-            kv_groups=shape.row.groups if shape.row else None,
-            kv_start=shape.start_scale if shape.row else None,
+            **self._row_plan.page_format,
             rows=plan.rows if plan else 0,
             planned_pages=plan.peak_pages if plan else 0,
             peak_pages=pages.high_water if pages else 0,

@@ -213,13 +213,19 @@ def _number(value: float | None, otherwise: str) -> str:
     return otherwise if value is None else f"{value:.2f}"
 
 
-def save_picture(report: dict[str, Any], own: Tensor, ours: Tensor, path: Path) -> None:
-    """Three rows: the model's own cache, the runtime, four times their difference on grey."""
+def _pyplot() -> Any:
+    """matplotlib without a window, imported when there is something to draw."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def save_picture(report: dict[str, Any], own: Tensor, ours: Tensor, path: Path) -> None:
+    """Three rows: the model's own cache, the runtime, four times their difference on grey."""
+    plt = _pyplot()
     shown = min(PICTURES_SHOWN, own.shape[0])
     difference = (0.5 + 4 * (ours - own)).clamp(0, 1)
     run = report["runs"][report["shown"]]
@@ -247,11 +253,7 @@ def save_picture(report: dict[str, Any], own: Tensor, ours: Tensor, path: Path) 
 
 def save_formats(report: dict[str, Any], path: Path) -> None:
     """PSNR and KL of every format against the bytes it keeps, with and without the start scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     exact = report["runs"]["full"]["token_bytes"]
     runs = [run for run in report["runs"].values() if run["policy"] == "scalekv"]
     runs += report["quantised"]

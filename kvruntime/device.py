@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from kvruntime.attention import reasons_against_xformers
+from kvruntime.attention import import_xformers, reasons_against_xformers
 from kvruntime.attention.cubin import compile_in_a_process
 from kvruntime.attention.sdpa import SDPA
 from kvruntime.plan import plan
@@ -109,21 +109,13 @@ def triton_probe(capability: int) -> dict[str, Any]:
     }
 
 
-def operators(device: torch.device) -> dict[str, list[str]]:
-    """Every attention operator of xformers, and why it cannot run here; empty if it can."""
-    try:
-        from kvruntime.attention import xformers
-    except Exception:  # reasons_against_xformers, which doctor() shows as well, says which
-        return {}
-    return xformers.operators(device)
-
-
 def doctor() -> dict[str, Any]:
     """Everything ``kvruntime doctor`` prints. Takes some 10 s: it compiles a kernel."""
     memory = psutil.virtual_memory()
     by_driver, driver, no_nvml = nvml_devices()
     by_torch = torch_devices()
     device = torch.device("cuda" if by_torch else "cpu")
+    xformers, _ = import_xformers()
     reasons = reasons_against_xformers(device, plan("infinity-2b"))
     return {
         "versions": versions(),
@@ -141,7 +133,7 @@ def doctor() -> dict[str, Any]:
             "why_no_nvml": no_nvml,
         },
         "triton": triton_probe(by_torch[0]["capability"] if by_torch else _NO_GPU_CAPABILITY),
-        "operators": operators(device),
+        "operators": xformers.operators(device) if xformers else {},
         "backends": {
             SDPA.name: {"available": True, "reasons": []},
             "xformers": {"available": not reasons, "reasons": reasons},

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvruntime.catalogue import Model, find_model
 from kvruntime.errors import WillNeverFit
-from kvruntime.formats import (
-    RowFormat,
-    default_start,
-    exact_page_size,
-    row_format,
-    stored_bytes,
-)
+from kvruntime.formats import RowFormat, default_start, exact_page_size, row_format, stored_bytes
 from policies import (
     DTYPE_BYTES,
     CacheGeometry,
@@ -48,6 +43,7 @@ class Plan:
     """Exact demand of one generation.
 
     lengths: tokens of each lane after (scale, layer), int64 [scales, layers, heads].
+    page_tokens: tokens in a page after each scale, int64 [scales].
     row_pages: pages one row holds after each (scale, layer) event, int64 [scales, layers].
     row: how pages are quantised from ``start_scale`` on; None if they never are, and then
         start_scale is the number of scales.
@@ -62,6 +58,7 @@ class Plan:
     rows: int
     workspace_limit: int
     lengths: Lengths
+    page_tokens: NDArray[np.int64]
     row_pages: NDArray[np.int64]
     row: RowFormat | None
     start_scale: int
@@ -72,10 +69,14 @@ class Plan:
         return exact_page_size(self.geometry, self.row, self.page_size)
 
     @property
-    def page_tokens(self) -> NDArray[np.int64]:
-        """Tokens in a page after each scale, [scales]."""
-        exact = np.arange(len(self.schedule)) < self.start_scale
-        return np.where(exact, self.exact_page_size, self.page_size).astype(np.int64)
+    def page_format(self) -> dict[str, Any]:
+        """How pages are quantised, as users ask for it; None throughout if they never are."""
+        row = self.row
+        return {
+            "kv_dtype": row.name if row else None,
+            "kv_groups": row.groups if row else None,
+            "kv_start": self.start_scale if row else None,
+        }
 
     def longest_table(self, is_quantised: bool) -> int:
         """Most pages of one lane that are ever read in that format, at least 1."""
@@ -302,8 +303,8 @@ def plan_generation(
     elif not 0 <= start_scale < never:
         raise ValueError(f"kv_start must be a scale in 0..{never - 1}, got {start_scale}")
     exact = exact_page_size(geometry, row, page_size)
-    sizes = np.where(np.arange(never) < start_scale, exact, page_size)
-    pages = (-(-lengths // sizes[:, None, None])).sum(axis=2)
+    page_tokens = np.where(np.arange(never) < start_scale, exact, page_size)
+    pages = (-(-lengths // page_tokens[:, None, None])).sum(axis=2)
     return Plan(
         geometry,
         schedule,
@@ -313,6 +314,7 @@ def plan_generation(
         rows,
         workspace_limit,
         lengths,
+        page_tokens,
         running_total(pages),
         row,
         start_scale,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -86,10 +87,22 @@ def reasons_against_xformers(device: torch.device, plan: Plan) -> list[str]:
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         return ["torch sees no CUDA device"]
+    xformers, why_not = import_xformers()
+    if xformers is None:
+        return [why_not]
+    reasons: list[str] = xformers.reasons_against(
+        device, TORCH_DTYPES[plan.geometry.key_dtype], plan
+    )
+    return reasons
+
+
+def import_xformers() -> tuple[ModuleType | None, str]:
+    """kvruntime.attention.xformers; or None, and what is in the way."""
     try:
         from kvruntime.attention import xformers
     except ModuleNotFoundError as error:
-        return [f"{error}: pip install 'kvruntime[xformers]'"]
+        return None, f"{error}: pip install 'kvruntime[xformers]'"
     except Exception as error:  # whatever a version that does not fit breaks
-        return [f"xformers cannot be imported ({type(error).__name__}: {error}); {TESTED_VERSIONS}"]
-    return xformers.reasons_against(device, TORCH_DTYPES[plan.geometry.key_dtype], plan)
+        what = f"{type(error).__name__}: {error}"
+        return None, f"xformers cannot be imported ({what}); {TESTED_VERSIONS}"
+    return xformers, ""
