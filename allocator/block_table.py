@@ -2,124 +2,181 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from dataclasses import dataclass
 
-from allocator.errors import OutOfPages
+import numpy as np
+from numpy.typing import NDArray
+
 from allocator.page_allocator import PageAllocator, PageIds
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What ``BlockTable.propose`` would do to some rows; nothing is changed yet.
+
+    rows: the rows of the table. pages: int32 [rows, heads, width] after the change; places that
+        get a page of their own only at the commit are named by ``fresh``.
+    fresh: bool, of the same shape: a page is taken for this place.
+    replaced: bool, of the same shape: fresh places that hold a shared page before.
+    dropped: ids that the rows own before and not after, those of ``replaced`` among them.
+    lengths, num_pages: of each head after the change, [heads].
+    """
+
+    rows: slice
+    pages: PageIds
+    fresh: NDArray[np.bool_]
+    replaced: NDArray[np.bool_]
+    dropped: PageIds
+    lengths: Counts
+    num_pages: Counts
+
+    @property
+    def num_taken(self) -> int:
+        return int(np.count_nonzero(self.fresh))
 
 
 class BlockTable:
     """Page ids and lengths of rows x heads lanes, one layer in one generation.
 
-    The lanes of a head run in lockstep over the rows, so there is one length per head.
-
     Always:
-        num_pages[h] == ceil(lengths[h] / page_size)
-        lane (r, h) owns pages[r, h, : num_pages[h]], in the order of its tokens
+        lane (r, h) owns pages[r, h, : num_pages[r, h]], in the order of its tokens
         every owned page is live in the allocator, and no two lanes of the table own the same one
-        entries of ``pages`` past num_pages[h] are 0 and mean nothing
+        entries of ``pages`` past num_pages are 0 and mean nothing
+        lengths[r, h] tokens are stored in num_pages[r, h] pages
+    Rows in lockstep are equally long; they differ only while a step goes through them in chunks.
+
+    A change has two halves: ``propose`` works it out and ``commit`` carries it out. ``state`` is
+    set in one assignment, so that an interrupt finds the table before the change or after it.
     """
 
-    def __init__(self, allocator: PageAllocator, rows: int, heads: int, page_size: int) -> None:
-        for name, value in (("rows", rows), ("heads", heads), ("page_size", page_size)):
+    def __init__(self, allocator: PageAllocator, rows: int, heads: int) -> None:
+        for name, value in (("rows", rows), ("heads", heads)):
             if value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        self.page_size = page_size
-        self.lengths: NDArray[np.int64] = np.zeros(heads, dtype=np.int64)
-        self.pages: PageIds = np.zeros((rows, heads, 0), dtype=np.int32)
+        counts = np.zeros((2, rows, heads), dtype=np.int64)
         self._allocator = allocator
+        self.state: tuple[PageIds, Counts, Counts] = (
+            np.zeros((rows, heads, 0), dtype=np.int32),
+            counts[0],
+            counts[1],
+        )
 
     @property
-    def num_pages(self) -> NDArray[np.int64]:
-        """Pages of one lane of each head, [heads]."""
-        return -(-self.lengths // self.page_size)
+    def pages(self) -> PageIds:
+        """int32 [rows, heads, width]."""
+        return self.state[0]
 
     @property
-    def is_ragged(self) -> bool:
-        """Whether heads differ in length."""
-        return bool((self.lengths != self.lengths[0]).any())
+    def lengths(self) -> Counts:
+        """Tokens of each lane, int64 [rows, heads]."""
+        return self.state[1]
+
+    @property
+    def num_pages(self) -> Counts:
+        """Pages of each lane, int64 [rows, heads]."""
+        return self.state[2]
 
     def owned(self) -> PageIds:
         """Every page id of the table, lane by lane."""
-        return self.pages[:, self._places(self.num_pages)].ravel()
+        pages, _, num_pages = self.state
+        return pages[_used(num_pages, pages.shape[2])]
 
-    def resize(self, lengths: ArrayLike) -> None:
-        """Make every lane of head h ``lengths[h]`` tokens long.
+    def propose(
+        self,
+        rows: slice,
+        lengths: Counts,
+        page_size: int,
+        written: NDArray[np.bool_] | None = None,
+        afresh: bool = False,
+    ) -> Change:
+        """The change that makes lane (r, h) of these rows ``lengths[h]`` tokens long.
 
-        A shorter lane gives back its last pages, a longer one gets new ones behind those it has;
-        releases come first, so the pages in use never exceed the larger of before and after. One
-        allocator call each, O(pages moved). Raises OutOfPages, changing nothing, if the new pages
-        do not fit.
+        Pages that stay keep their places; a shorter lane gives back its last ones. written: bool
+        [heads, width], pages that will be written: shared ones among them are replaced
+        (copy-on-write); None means all. afresh: no page stays, as when pages change their format.
         """
-        wanted = np.asarray(lengths)
-        if not np.issubdtype(wanted.dtype, np.integer) or wanted.shape != self.lengths.shape:
-            raise ValueError(f"lengths must be {self.lengths.size} integers, got {lengths!r}")
-        if (wanted < 0).any():
-            raise ValueError(f"lengths must not be negative, got {wanted.tolist()}")
-        wanted = wanted.astype(np.int64)
-        old, new = self.num_pages, -(-wanted // self.page_size)
-        rows, heads, capacity = self.pages.shape
-        table = np.zeros((rows, heads, max(capacity, int(new.max()))), dtype=np.int32)
-        table[:, :, :capacity] = self.pages
-        place = np.arange(table.shape[2])
-        drop = (place >= new[:, None]) & (place < old[:, None])  # [heads, capacity]
-        take = (place >= old[:, None]) & (place < new[:, None])
-        dropped = table[:, drop].ravel()
-        count = rows * int(np.count_nonzero(take))
-        free = self._allocator.num_free
-        if count > free:  # the pages given back by this very call may be enough
-            free += int(np.count_nonzero(self._allocator.references(dropped) == 1))
-            if count > free:
-                raise OutOfPages(count, free, self._allocator.num_pages)
-        if dropped.size:
-            self._allocator.release(dropped)
-            table[:, drop] = 0
-        if count:
-            table[:, take] = self._allocator.allocate(count).reshape(rows, -1)
-        self.pages = table[:, :, : int(new.max())]
-        self.lengths = wanted
+        pages, _, num_pages = self.state
+        old, count = pages[rows], num_pages[rows]
+        after = -(-lengths // page_size)
+        width = int(after.max(initial=0))
+        shape = (*old.shape[:2], width)
+        common = min(width, old.shape[2])
+        stays = np.zeros(shape, dtype=bool)
+        if not afresh:
+            stays[:, :, :common] = _used(np.minimum(count, after), common)
+        ids = np.zeros(shape, dtype=np.int32)
+        ids[:, :, :common][stays[:, :, :common]] = old[:, :, :common][stays[:, :, :common]]
+        replaced = np.zeros(shape, dtype=bool)
+        if self._allocator.is_sharing:
+            touched = stays if written is None else stays & written[:, :width]
+            replaced[touched] = self._allocator.references(ids[touched]) > 1
+        keeps = np.zeros(old.shape, dtype=bool)
+        keeps[:, :, :common] = (stays & ~replaced)[:, :, :common]
+        dropped = old[_used(count, old.shape[2]) & ~keeps]
+        fresh = _used(np.broadcast_to(after, shape[:2]), width) & ~(stays & ~replaced)
+        return Change(rows, ids, fresh, replaced, dropped, lengths, after)
+
+    def commit(self, change: Change) -> tuple[PageIds, PageIds]:
+        """Carry the change out: returns (old, new) ids of the shared pages that were replaced.
+
+        Whoever owns the tensors copies old to new before writing. Raises OutOfPages, changing
+        nothing.
+        """
+        ids = change.pages.copy()
+        old = ids[change.replaced]
+        ids[change.fresh] = self._allocator.exchange(change.dropped, change.num_taken)
+        pages, lengths, num_pages = self.state
+        rows, most = change.rows, int(change.num_pages.max(initial=0))
+        new_pages_count, new_lengths = num_pages.copy(), lengths.copy()
+        new_pages_count[rows], new_lengths[rows] = change.num_pages, change.lengths
+        width = max(most, int(new_pages_count.max(initial=0)))
+        table = np.zeros((*pages.shape[:2], width), dtype=np.int32)
+        table[:, :, : min(width, pages.shape[2])] = pages[:, :, :width]
+        table[rows] = 0
+        table[rows, :, :most] = ids
+        self.state = table, new_lengths, new_pages_count
+        return old, ids[change.replaced]
 
     def share(self) -> BlockTable:
         """A second table over the same pages, each with one more reference (a fork)."""
-        rows, heads, _ = self.pages.shape
-        twin = BlockTable(self._allocator, rows, heads, self.page_size)
+        pages, lengths, num_pages = self.state
+        twin = BlockTable(self._allocator, *pages.shape[:2])
         self._allocator.retain(self.owned())
-        twin.pages, twin.lengths = self.pages.copy(), self.lengths.copy()
+        twin.state = pages.copy(), lengths.copy(), num_pages.copy()
         return twin
 
-    def replace_shared(self, first_token: int) -> tuple[PageIds, PageIds]:
-        """Swap the shared pages that hold tokens from ``first_token`` on for pages of our own.
-
-        Returns (old, new) ids; whoever owns the tensors copies old to new before writing
-        (copy-on-write). Raises OutOfPages, changing nothing.
-        """
-        place = np.arange(self.pages.shape[2])
-        written = self._places(self.num_pages) & (place >= first_token // self.page_size)
-        lanes = self.pages[:, written]  # [rows, pages]
-        shared = self._allocator.references(lanes).reshape(lanes.shape) > 1
-        old = lanes[shared]
-        if not old.size:
-            return old, old
-        new = self._allocator.allocate(old.size)
-        self._allocator.release(old)
-        lanes[shared] = new
-        self.pages[:, written] = lanes
-        return old, new
+    def keep_rows(self, rows: NDArray[np.int64]) -> None:
+        """Give back the pages of all but these distinct rows, which become rows 0, 1, ..."""
+        pages, lengths, num_pages = self.state
+        goes = np.ones(pages.shape[0], dtype=bool)
+        goes[rows] = False
+        gone = pages[goes][_used(num_pages[goes], pages.shape[2])]
+        if gone.size:
+            self._allocator.release(gone)
+        self.state = pages[rows].copy(), lengths[rows].copy(), num_pages[rows].copy()
 
     def release(self) -> None:
         """Give every page back; the table is empty then and may grow again."""
-        self.resize(np.zeros_like(self.lengths))
+        owned = self.owned()
+        if owned.size:
+            self._allocator.release(owned)
+        pages, lengths, _ = self.state
+        empty = np.zeros((2, *lengths.shape), dtype=np.int64)
+        self.state = np.zeros((*pages.shape[:2], 0), dtype=np.int32), empty[0], empty[1]
 
     def check(self) -> None:
         """Assert every invariant. O(pages of the table)."""
+        pages, _, num_pages = self.state
         owned = self.owned()
-        assert owned.size == self.pages.shape[0] * int(self.num_pages.sum()), "a lane lost a page"
+        assert owned.size == int(num_pages.sum()), "a lane lost a page"
         assert np.unique(owned).size == owned.size, "two lanes own one page"
         assert (self._allocator.references(owned) > 0).all(), "a lane owns a free page"
-        assert not self.pages[:, ~self._places(self.num_pages)].any(), "an id past the end"
+        assert not pages[~_used(num_pages, pages.shape[2])].any(), "an id past the end"
 
-    def _places(self, num_pages: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which entries [heads, capacity] of a row are in use."""
-        used: NDArray[np.bool_] = np.arange(self.pages.shape[2]) < num_pages[:, None]
-        return used
+
+def _used(num_pages: Counts, width: int) -> NDArray[np.bool_]:
+    """Which of ``width`` places of each lane are in use, bool [*num_pages.shape, width]."""
+    used: NDArray[np.bool_] = np.arange(width) < num_pages[..., None]
+    return used

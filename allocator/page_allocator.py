@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,14 @@ class PageAllocator:
         num_free + num_live == num_pages
         a live page's entry of _references is the number of its owners, at least 1
         a free page's entry is -1 - place, where _stack[place] is that page
+        _extra_references is the sum over live pages of their owners beyond the first
         num_live <= high_water <= num_pages
 
     Every call costs O(ids in the call), whatever the size of the pool, and changes everything or
-    nothing. Ids may come in any shape; those of one call must be distinct. For one thread: the
-    arrays that calls work in are made once, since fresh ones cost more than the work.
+    nothing. Ids may come in any shape; those of one call must be distinct. The arrays that calls
+    work in are made once, since fresh ones cost more than the work: whoever shares an allocator
+    between threads holds a lock around each call, and after a call that was interrupted half way
+    calls ``rebuild``.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -34,6 +38,7 @@ class PageAllocator:
         self.num_pages = num_pages
         self.num_free = num_pages
         self.high_water = 0
+        self._extra_references = 0  # beyond one for each live page
         self._stack: PageIds = np.arange(num_pages, dtype=np.int32)[::-1].copy()
         self._references: PageIds = np.arange(-num_pages, 0, dtype=np.int32)
         self._marks: PageIds = np.arange(-1, -1 - 2 * num_pages, -1, dtype=np.int32)  # by place
@@ -44,6 +49,11 @@ class PageAllocator:
     @property
     def num_live(self) -> int:
         return self.num_pages - self.num_free
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether any page has more than one owner."""
+        return self._extra_references > 0
 
     def references(self, pages: ArrayLike) -> PageIds:
         """How many owners each page has, 0 for a free one. Raises PageStateError if foreign."""
@@ -74,6 +84,7 @@ class PageAllocator:
         """
         ids, owners = self._mark(pages)
         self._references[ids] = owners + 1
+        self._extra_references += ids.size
 
     def release(self, pages: ArrayLike) -> int:
         """Drop a reference from each of these live pages; return how many became free.
@@ -83,11 +94,43 @@ class PageAllocator:
         ids, owners = self._mark(pages)
         if (owners > 1).any():
             self._references[ids] = owners - 1
+            self._extra_references -= int(np.count_nonzero(owners > 1))
             ids = ids[owners == 1]
             self._references[ids] = self._marks[self.num_free : self.num_free + ids.size]
         self._stack[self.num_free : self.num_free + ids.size] = ids
         self.num_free += ids.size
         return ids.size
+
+    def exchange(self, dropped: ArrayLike, count: int) -> PageIds:
+        """Drop a reference from each of ``dropped``, then take ``count`` pages, as one change.
+
+        Pages in use never exceed the larger of before and after. Raises OutOfPages, changing
+        nothing, if what is free and what becomes free are not enough.
+        """
+        ids = np.asarray(dropped)
+        if count > self.num_free:
+            free = self.num_free + int(np.count_nonzero(self.references(ids) == 1))
+            if count > free:
+                raise OutOfPages(count, free, self.num_pages)
+        if ids.size:
+            self.release(ids)
+        return self.allocate(count)
+
+    def rebuild(self, owned: Iterable[PageIds]) -> None:
+        """Forget everything and believe ``owned``: one array of distinct ids for each owner.
+
+        O(num_pages). For after an interrupt in the middle of a change, when owners know better.
+        """
+        counts = np.zeros(self.num_pages, dtype=np.int32)
+        for ids in owned:
+            np.add.at(counts, ids, 1)
+        free = np.flatnonzero(counts == 0)[::-1].astype(np.int32)
+        self._stack[: free.size] = free
+        self._references[:] = counts
+        self._references[free] = -1 - np.arange(free.size, dtype=np.int32)
+        self.num_free = free.size
+        self._extra_references = int(np.maximum(counts - 1, 0).sum())
+        self.high_water = max(self.high_water, self.num_live)
 
     def reset_high_water(self) -> None:
         """Count the high-water mark from the pages live now."""
@@ -102,6 +145,8 @@ class PageAllocator:
         assert (self._references[free] == -1 - np.arange(free.size)).all(), (
             "a free page is not where it says"
         )
+        extra = int(np.maximum(self._references - 1, 0).sum())
+        assert extra == self._extra_references, "extra references miscounted"
         assert self.num_live <= self.high_water <= self.num_pages, "high-water mark out of range"
 
     def _known(self, pages: ArrayLike) -> NDArray[Any]:

@@ -30,17 +30,32 @@ from kvruntime.errors import (
     UnsupportedModel,
     WillNeverFit,
 )
-from kvruntime.plan import plan
+from kvruntime.generation import Generation
+from kvruntime.options import CacheOptions
+from kvruntime.planning import plan
+from kvruntime.stats import Stats
+from kvruntime.storage.pool import Pool, PoolStats
+from policies import Allocation, CacheGeometry, Policy, ScaleSchedule, Selection
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Allocation",
     "BackendUnavailable",
+    "CacheGeometry",
+    "CacheOptions",
+    "Generation",
     "KVRuntimeError",
     "OutOfPages",
     "PageStateError",
     "PagedKVCache",
+    "Policy",
+    "Pool",
+    "PoolStats",
+    "ScaleSchedule",
     "ScheduleError",
+    "Selection",
+    "Stats",
     "UnsupportedModel",
     "WillNeverFit",
     "attach",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from policies import CacheGeometry, ScaleSchedule
+from policies import CacheGeometry, Profile, ScaleSchedule, load_profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,10 @@ class Model:
     schedule: ScaleSchedule
     rows_per_picture: int = 2
     profile: Path | None = None  # of statistics that we ship
+
+    def load_profile(self) -> Profile | None:
+        """The statistics that we ship for it, if any."""
+        return None if self.profile is None else load_profile(self.profile)
 
     def with_dtypes(self, key: str | None, value: str | None) -> Model:
         """The same model with other number formats for K and V."""
@@ -104,3 +108,23 @@ def find_model(name: str, resolution: str | None = None, aspect: str | None = No
     profile = Path(__file__).parent / "reference" / "profile.json" if key == "emoji64" else None
     geometry = CacheGeometry(layers, heads, head_dim, dtype, dtype)
     return Model(key, geometry, schedule, profile=profile)
+
+
+def recognise(geometry: CacheGeometry, schedule: ScaleSchedule) -> Model | None:
+    """The catalogue's model of this shape that draws in this schedule, whatever its number format;
+    None if there is none.
+    """
+    shape = (geometry.layers, geometry.heads, geometry.head_dim)
+    for name, known in _LAYERS_HEADS_DIM.items():
+        if known != shape:
+            continue
+        if not name.startswith("infinity"):
+            model = find_model(name)
+            if model.schedule == schedule:
+                return model
+            continue
+        for resolution, scales in RESOLUTIONS.items():
+            for aspect, sizes in INFINITY_SIZES.items():
+                if sizes[:scales] == schedule.sizes:
+                    return find_model(name, resolution, aspect)
+    return None

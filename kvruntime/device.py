@@ -17,7 +17,7 @@ import torch
 from kvruntime.attention import import_xformers, reasons_against_xformers
 from kvruntime.attention.cubin import compile_in_a_process
 from kvruntime.attention.sdpa import SDPA
-from kvruntime.plan import plan
+from kvruntime.planning import plan
 
 _PACKAGES = ("kvruntime", "torch", "numpy", "xformers", "triton", "nvidia-ml-py")
 _NO_GPU_CAPABILITY = 90

@@ -1,20 +1,32 @@
-"""How many tokens a lane keeps after each scale, and which. Pure: no pool, no model."""
+"""How many tokens a lane keeps after each scale, which, and what becomes of the others. Pure: no
+pool, no model.
+"""
 
 from collections.abc import Callable
 
 from policies.ams_kv import AMSKV, ams_kv_from
-from policies.base import Policy, Step, check_lengths, uniform
-from policies.full import Full
+from policies.base import (
+    Allocation,
+    Candidates,
+    Needs,
+    Policy,
+    Problem,
+    Selection,
+    StepSizes,
+)
+from policies.budgets import check_allocation
+from policies.centroid import Centroid
 from policies.profile import Preset, Profile, load_preset, load_profile
+from policies.recency import Full, SlidingWindow, StreamingLLM
 from policies.scalekv import ScaleKV, scalekv_from
 from policies.schedule import DTYPE_BYTES, CacheGeometry, Lengths, ScaleSchedule
-from policies.sliding_window import SlidingWindow
-from policies.streaming_llm import StreamingLLM
+from policies.scratch import TORCH_DTYPES, Region, held_bytes, torch_bytes
 
 _MAKERS: dict[str, Callable[[Profile | None, Preset | None], Policy]] = {
     "full": lambda profile, preset: Full(),
     "scalekv": scalekv_from,
     "ams_kv": lambda profile, preset: ams_kv_from(profile),
+    "centroid": lambda profile, preset: Centroid(),
     "sliding_window": lambda profile, preset: SlidingWindow(),
     "streaming_llm": lambda profile, preset: StreamingLLM(),
 }
@@ -32,20 +44,29 @@ __all__ = [
     "AMSKV",
     "DTYPE_BYTES",
     "POLICY_NAMES",
+    "TORCH_DTYPES",
+    "Allocation",
     "CacheGeometry",
+    "Candidates",
+    "Centroid",
     "Full",
     "Lengths",
+    "Needs",
     "Policy",
     "Preset",
+    "Problem",
     "Profile",
+    "Region",
     "ScaleKV",
     "ScaleSchedule",
+    "Selection",
     "SlidingWindow",
-    "Step",
+    "StepSizes",
     "StreamingLLM",
-    "check_lengths",
+    "check_allocation",
+    "held_bytes",
     "load_preset",
     "load_profile",
     "make_policy",
-    "uniform",
+    "torch_bytes",
 ]

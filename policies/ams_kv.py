@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.base import Step, uniform
+from policies.base import NO_NEEDS, Allocation, Candidates, Needs, Problem, Selection, StepSizes
+from policies.budgets import uniform
 from policies.profile import Profile
-from policies.schedule import CacheGeometry, Lengths, ScaleSchedule
+from policies.recency import highest
+from policies.scratch import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class AMSKV:
     min_share: float = 0.75
     condensed: int = 2
     name: str = "ams_kv"
-    num_queries: int = 0
+    needs: Needs = NO_NEEDS
 
     def __post_init__(self) -> None:
         if not 0.0 < self.min_share <= 1.0:
@@ -49,8 +51,9 @@ class AMSKV:
         capacities[list(self.demanding)] = (budget * layers - least * (layers - count)) // count
         return capacities
 
-    def lengths(self, schedule: ScaleSchedule, geometry: CacheGeometry, budget: int) -> Lengths:
-        capacities = self.capacities(geometry.layers, budget)
+    def allocate(self, problem: Problem) -> Allocation:
+        schedule, budget = problem.schedule, problem.budget_tokens
+        capacities = self.capacities(problem.geometry.layers, budget)
         pinned = sum(schedule.tokens[:-1][: self.condensed])
         if capacities.min() < pinned:
             raise ValueError(
@@ -58,7 +61,7 @@ class AMSKV:
                 f"{self.condensed} scales need {pinned}"
             )
         held: list[list[int]] = [[] for _ in capacities]  # tokens of the scales a layer holds
-        tokens = np.zeros((len(schedule), geometry.layers), dtype=np.int64)
+        tokens = np.zeros((len(schedule), problem.geometry.layers), dtype=np.int64)
         for scale, (fresh, seen) in enumerate(zip(schedule.tokens, schedule.seen, strict=True)):
             for layer, capacity in enumerate(capacities.tolist()):
                 mine = held[layer]
@@ -67,18 +70,21 @@ class AMSKV:
                 while seen > budget and sum(mine) > capacity and len(mine) > self.condensed:
                     del mine[self.condensed]
                 tokens[scale, layer] = sum(mine)
-        return uniform(schedule, geometry, tokens)
+        return Allocation(uniform(problem, tokens))
 
-    def select(self, step: Step) -> NDArray[np.int64]:
-        start, _ = step.schedule.span(step.scale)
-        pinned = sum(step.schedule.tokens[: self.condensed])
-        is_pinned = step.tokens < pinned
-        newest = step.tokens.copy()
-        if int(step.keep[0]) - int(is_pinned.sum()) < step.schedule.tokens[step.scale]:
-            if start >= pinned:
-                newest[newest >= start] = -1  # this scale is too large for the layer
-        newest[is_pinned] = step.schedule.total
-        return np.sort(np.argsort(-newest, kind="stable")[: int(step.keep[0])])
+    def scratch(self, sizes: StepSizes) -> list[Region]:
+        return []
+
+    def select(self, candidates: Candidates) -> Selection:
+        schedule, positions = candidates.schedule, candidates.positions
+        start, end = schedule.span(candidates.scale)
+        pinned = sum(schedule.tokens[: self.condensed])
+        is_pinned = (positions >= 0) & (positions < pinned)
+        room = int(candidates.keep[0]) - int(is_pinned[0, 0].sum())
+        ranks = positions.masked_fill(is_pinned, schedule.total)
+        if room < end - start and start >= pinned:  # this scale is too large for the layer
+            ranks = ranks.masked_fill(positions >= start, -1)
+        return highest(ranks, candidates.keep)
 
 
 def ams_kv_from(profile: Profile | None, share: float = 0.25, min_share: float = 0.75) -> AMSKV:

@@ -1,7 +1,10 @@
-"""What a policy is: how many tokens each lane keeps after each scale, and which."""
+"""What a policy is: how many tokens each lane holds after each scale, which, and what becomes of
+the others.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,24 +13,122 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from policies.schedule import CacheGeometry, Lengths, ScaleSchedule
+from policies.scratch import Region
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One layer at one scale, after its attention, as ``select`` sees it.
+class Problem:
+    """What ``allocate`` divides: ``budget_tokens`` for each lane on average."""
 
-    Candidates are the cached tokens followed by all tokens of this scale.
+    geometry: CacheGeometry
+    schedule: ScaleSchedule
+    budget_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Allocation:
+    """How much every lane may hold.
+
+    tokens: tokens of a lane after each scale, int64 [scales, layers, heads]; zero is allowed, the
+        last scale's are zero. No lane holds more than it held plus the tokens of the scale.
+    quantised: whether a layer's tokens are quantised after each scale, bool [scales, layers], if
+        the cache is asked for a kv_dtype; once quantised they stay so. None: the planner decides.
+    """
+
+    tokens: Lengths
+    quantised: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What ``select`` looks at. A policy that needs nothing chooses by token numbers alone.
+
+    queries: how many queries of the current scale it scores with.
+    weights: it folds tokens into others, so that stored tokens have log weights.
+    """
+
+    queries: int = 0
+    weights: bool = False
+
+    @property
+    def content(self) -> bool:
+        """Whether the choice depends on what the tokens hold."""
+        return self.queries > 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """Sizes of a step in which tokens are dropped, for the scratch that a policy declares.
+
+    cached, fresh: tokens of the longest lane before the step, and of the scale. kept: tokens of
+    the longest lane after it. dtype: of keys and values.
+    """
+
+    rows: int
+    heads: int
+    head_dim: int
+    dtype: str
+    cached: int
+    fresh: int
+    kept: int
+
+    @property
+    def candidates(self) -> int:
+        return self.cached + self.fresh
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidates:
+    """One layer at one scale, after its attention: the cached tokens, then all of this scale.
+
+    keep: tokens that each head is to keep, int64 [heads], on the host.
+    positions: token numbers, int64 [1, heads, candidates], -1 where a shorter head holds no token.
+        Empty for policies that look at the content, which get the rest:
+    queries: [rows, fresh, heads, head_dim]. keys, values: [rows, heads, candidates, head_dim].
+    log_weights: float32 [rows or 1, heads, 1, candidates], added to the logits: the logarithm of
+        how many tokens each one stands for, -inf where a shorter head holds none; None: all zero.
+    scratch: the tensors that the policy declared, by name; their content is whatever it was.
     """
 
     schedule: ScaleSchedule
     scale: int
     layer: int
-    keep: Lengths  # [heads] tokens to keep
-    tokens: NDArray[np.int64]  # [candidates] token numbers; empty for policies with queries
-    queries: Tensor  # [rows, tokens of this scale, heads, head_dim]
-    keys: Tensor  # [rows, heads, candidates, head_dim]
-    bias: Tensor | None  # [heads, 1, candidates], -inf where a shorter head holds no token
+    keep: Lengths
+    positions: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    log_weights: Tensor | None
     softmax_scale: float
+    scratch: Mapping[str, Tensor]
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the longest lane before the step."""
+        return self.keys.shape[2] - self.queries.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """What a step keeps, and what it folds into what.
+
+    keep: places among the candidates, int64 [rows or 1, heads, m], m the most that a head keeps;
+        a head that keeps fewer uses its first ones. Ascending, distinct, in range: checked.
+    into: for each candidate the place in ``keep`` that it is folded into, int64 [rows, heads,
+        candidates], -1 for none; a kept one names itself. None: what is not kept is dropped.
+        The kept token becomes the mean of keys and of values, each weighted by how many tokens it
+        stands for, and the weights add up.
+    values, log_weights: [rows, heads, m, head_dim] and float32 [rows, heads, m] to store in place
+        of those, for a policy that fits them itself; go with ``into``.
+    """
+
+    keep: Tensor
+    into: Tensor | None = None
+    values: Tensor | None = None
+    log_weights: Tensor | None = None
+
+
+NO_NEEDS = Needs()
 
 
 class Policy(Protocol):
@@ -37,45 +138,20 @@ class Policy(Protocol):
     def name(self) -> str: ...
 
     @property
-    def num_queries(self) -> int:
-        """Queries of the current scale that ``select`` scores with; 0 when it looks at token
-        numbers only.
-        """
+    def needs(self) -> Needs: ...
+
+    def allocate(self, problem: Problem) -> Allocation:
+        """Tokens of every lane. Raises ValueError for a budget that cannot be met."""
         ...
 
-    def lengths(self, schedule: ScaleSchedule, geometry: CacheGeometry, budget: int) -> Lengths:
-        """Tokens each lane holds after each scale, int64 [scales, layers, heads]; the last scale's
-        are 0.
-
-        No lane holds more than it held plus the tokens of the scale. Raises ValueError for a budget
-        that cannot be met.
-        """
+    def scratch(self, sizes: StepSizes) -> list[Region]:
+        """What ``select`` works in, so that the plan counts it; [] for token numbers alone."""
         ...
 
-    def select(self, step: Step) -> NDArray[np.int64] | Tensor:
-        """Places to keep among the candidates, as many as ``lengths`` promised.
+    def select(self, candidates: Candidates) -> Selection:
+        """Which candidates each head keeps, as many as ``candidates.keep`` says.
 
-        Without queries: an array [keep], the same for all rows and heads. With queries: a tensor
-        [rows, heads, keep] of distinct places; a head that keeps fewer uses its first ones.
+        Called only where something is dropped. Without content the choice is the same for all
+        rows, and for a given scale and layer always the same.
         """
         ...
-
-
-def uniform(schedule: ScaleSchedule, geometry: CacheGeometry, tokens: NDArray[np.int64]) -> Lengths:
-    """Lengths [scales, layers, heads] from [scales, layers] tokens: the same for all heads, last
-    scale 0.
-    """
-    lengths = np.repeat(tokens[:, :, None], geometry.heads, axis=2).astype(np.int64)
-    lengths[-1] = 0
-    return lengths
-
-
-def check_lengths(lengths: Lengths, schedule: ScaleSchedule, geometry: CacheGeometry) -> None:
-    """Raise ValueError unless ``lengths`` keeps the promises of Policy.lengths."""
-    shape = (len(schedule), geometry.layers, geometry.heads)
-    if lengths.shape != shape or lengths.dtype != np.int64:
-        raise ValueError(f"lengths must be int64 {shape}, got {lengths.dtype} {lengths.shape}")
-    before = np.concatenate([np.zeros_like(lengths[:1]), lengths[:-1]])
-    room = before + np.array(schedule.tokens)[:, None, None]
-    if (lengths[:-1] <= 0).any() or lengths[-1].any() or (lengths > room).any():
-        raise ValueError("a lane keeps no token, more than it has, or some after the last scale")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
-from policies.base import Step, uniform
+from policies.base import Allocation, Candidates, Needs, Problem, Selection, StepSizes
+from policies.budgets import split_budget, uniform
 from policies.profile import Preset, Profile
-from policies.schedule import CacheGeometry, Lengths, ScaleSchedule
+from policies.schedule import ScaleSchedule
+from policies.scoring import attention_received, attention_scratch, best, best_scratch, centres_on
+from policies.scratch import Region
 
 
 def drafters_from_selectivity(profile: Profile, share: float) -> tuple[frozenset[int], ...]:
@@ -33,52 +34,6 @@ def drafters_from_selectivity(profile: Profile, share: float) -> tuple[frozenset
     chosen[np.argsort(z, axis=None, kind="stable")[:count]] = True
     roles = chosen.reshape(z.shape)
     return (frozenset(), *(frozenset(np.flatnonzero(line).tolist()) for line in roles))
-
-
-def split_budget(
-    room: NDArray[np.int64], drafters: frozenset[int], budget: int, floor: int
-) -> NDArray[np.int64]:
-    """Tokens per layer, [layers]: mean ``budget``, drafters as much as they can hold, refiners
-    alike.
-
-    room: what each layer holds before it drops anything. The drafters' share is the largest one
-    that leaves the refiners a whole number of tokens, not below ``floor`` (METHODS: this
-    regenerates the published budgets).
-    """
-    layers = room.size
-    refiners = layers - len(drafters)
-    if not drafters or not refiners:
-        return np.minimum(room, budget)
-    limits = [int(room[layer]) for layer in drafters]
-    most, rest = budget, budget * refiners
-    for most in range(max(limits), budget - 1, -1):
-        rest = budget * layers - sum(min(limit, most) for limit in limits)
-        if rest >= floor * refiners and rest % refiners == 0:
-            break
-    tokens = np.full(layers, rest // refiners, dtype=np.int64)
-    tokens[list(drafters)] = most
-    return np.minimum(tokens, room)
-
-
-def patch_centres(size: tuple[int, ...], grid: int) -> NDArray[np.int64]:
-    """Token numbers of the centres of a grid x grid split of a scale; fewer if the scale is
-    smaller.
-
-    A (t, h, w) scale is read as t * h lines of w.
-    """
-    height, width = int(np.prod(size[:-1])), size[-1]
-
-    def centres(side: int) -> NDArray[np.int64]:
-        return np.unique(np.maximum(0, ((2 * np.arange(grid) + 1) * side - grid) // (2 * grid)))
-
-    return (centres(height)[:, None] * width + centres(width)).ravel()
-
-
-@lru_cache(maxsize=64)
-def _centres_on(size: tuple[int, ...], grid: int, device: torch.device) -> Tensor:
-    """patch_centres on the device, copied there once and not in every step."""
-    with torch.inference_mode(False):  # they outlive a caller's inference_mode
-        return torch.from_numpy(patch_centres(size, grid)).to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,22 +66,32 @@ class ScaleKV:
             raise ValueError(f"pool must be odd and positive, got {self.pool}")
 
     @property
-    def num_queries(self) -> int:
+    def window(self) -> int:
+        """Queries that score, and tokens that are always kept."""
         return self.grid * self.grid
 
-    def lengths(self, schedule: ScaleSchedule, geometry: CacheGeometry, budget: int) -> Lengths:
-        if budget < self.num_queries:
-            raise ValueError(f"budget {budget} is below the window of {self.num_queries} tokens")
-        if any(layer >= geometry.layers for roles in self.drafters for layer in roles):
-            raise ValueError(f"a drafter is not one of the {geometry.layers} layers of this model")
-        tokens = np.zeros((len(schedule), geometry.layers), dtype=np.int64)
-        held = np.zeros(geometry.layers, dtype=np.int64)
+    @property
+    def needs(self) -> Needs:
+        return Needs(queries=self.window)
+
+    def allocate(self, problem: Problem) -> Allocation:
+        schedule, budget, layers = (
+            problem.schedule,
+            problem.budget_tokens,
+            problem.geometry.layers,
+        )
+        if budget < self.window:
+            raise ValueError(f"budget {budget} is below the window of {self.window} tokens")
+        if any(layer >= layers for roles in self.drafters for layer in roles):
+            raise ValueError(f"a drafter is not one of the {layers} layers of this model")
+        tokens = np.zeros((len(schedule), layers), dtype=np.int64)
+        held = np.zeros(layers, dtype=np.int64)
         for scale, (fresh, seen) in enumerate(zip(schedule.tokens, schedule.seen, strict=True)):
             held = held + fresh
             if seen > budget:
                 held = self._split(schedule, scale + 1, held, budget)
             tokens[scale] = held
-        return uniform(schedule, geometry, tokens)
+        return Allocation(uniform(problem, tokens))
 
     def _split(
         self, schedule: ScaleSchedule, reader: int, room: NDArray[np.int64], budget: int
@@ -141,24 +106,23 @@ class ScaleKV:
             tokens = np.full(room.size, refiner, dtype=np.int64)
             tokens[list(drafters)] = drafter
             return np.minimum(tokens, room)
-        floor = max(self.num_queries, int(self.refiner_share * budget))
+        floor = max(self.window, int(self.refiner_share * budget))
         return split_budget(room, drafters, budget, floor)
 
-    def select(self, step: Step) -> Tensor:
+    def scratch(self, sizes: StepSizes) -> list[Region]:
+        lanes = (sizes.rows, sizes.heads, sizes.candidates)
+        pooled = [Region("torch: pool", lanes, "float32", by_torch=True)] * (self.pool > 1)
+        return [*attention_scratch(sizes, self.window), *best_scratch(sizes), *pooled]
+
+    def select(self, candidates: Candidates) -> Selection:
         """The window and the best scored others, per row and head, in the order they lie in."""
-        cached = step.keys.shape[2] - step.queries.shape[1]
-        centres = _centres_on(step.schedule.sizes[step.scale], self.grid, step.keys.device)
-        queries = step.queries[:, centres].transpose(1, 2) * step.softmax_scale
-        # softmax in place: [rows, heads, window, candidates] is the largest thing in here
-        weights = (queries @ step.keys.transpose(2, 3)).float()
-        weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
-        shares = weights.sum(dim=-1, keepdim=True).reciprocal_().transpose(2, 3)
-        scores = (shares @ weights).squeeze(2)  # [rows, heads, candidates]
-        del weights
+        size = candidates.schedule.sizes[candidates.scale]
+        centres = centres_on(size, self.grid, candidates.keys.device)
+        scores = attention_received(candidates, centres)
         if self.pool > 1:
             scores = F.avg_pool1d(scores, self.pool, 1, self.pool // 2, count_include_pad=False)
-        scores.index_fill_(2, cached + centres, torch.inf)
-        return scores.topk(int(step.keep[0]), dim=-1, sorted=False).indices.sort(dim=-1).values
+        scores.index_fill_(2, candidates.cached + centres, torch.inf)
+        return Selection(best(scores, candidates.keep, candidates.scratch))
 
 
 def scalekv_from(

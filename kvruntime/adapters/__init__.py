@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from kvruntime.adapters import emoji, var
-from kvruntime.adapters.patching import Adapter, Attachment, ModelView, patched
-from kvruntime.attention import PAGED_QUERIES
+from kvruntime.adapters.attachment import Attachment
+from kvruntime.adapters.patching import Adapter, ModelView, patched
 from kvruntime.errors import UnsupportedModel
-from kvruntime.executor import Observer
-from kvruntime.plan import choose_policy, profile_note
-from policies import Policy, Profile, load_profile
+from kvruntime.options import CacheOptions
+from kvruntime.step.run import Observer
+from kvruntime.storage.pool import Pool
+from policies import Policy
 
 _ADAPTERS: dict[str, Adapter] = {"FoundationVision/VAR": var, "kvruntime's bundled model": emoji}
 
@@ -33,17 +35,11 @@ def view(model: nn.Module) -> ModelView:
 def attach(
     model: nn.Module,
     policy: str | Policy = "scalekv",
-    budget: float = 0.10,
+    budget: float | str = 0.10,
     *,
-    profile: Profile | str | Path | None = None,
-    page_size: int | None = None,
-    kv_dtype: str | None = None,
-    kv_groups: int = 1,
-    kv_start: int | None = None,
-    backend: str = "auto",
-    paged_queries: int = PAGED_QUERIES,
-    memory: int | None = None,
+    pool: Pool | None = None,
     observer: Observer | None = None,
+    **options: Any,
 ) -> Iterator[Attachment]:
     """Within the ``with`` block the model's own sampler runs on a paged cache of this policy and
     budget.
@@ -51,42 +47,30 @@ def attach(
     model: a FoundationVision/VAR ``VAR`` or the bundled model, unmodified. Each call of its sampler
     is one generation; its pool is made when the first layer runs, since only then the number of
     rows is known.
-    budget: a float is a fraction of the history (the tokens before the last scale), an int a token
-    count.
-    profile: statistics of this model, a file or an object; without one scalekv and ams_kv treat all
-    layers alike.
-    kv_dtype, kv_groups, kv_start: quantised pages from a scale on; backend, paged_queries: who
-    computes attention; both as in PagedKVCache (docs/embedding.md).
-    memory: most bytes that pool and workspace may take. observer: sees every step's queries and
+    budget: a float is a fraction of the history in tokens (the tokens before the last scale), an
+    int a token count, "2%" a share of the bytes of the model's own history, "512MiB" bytes.
+    pool: shared with other caches; None: one of its own. observer: sees every step's queries and
     keys.
+    options: profile, page_size, kv_dtype, kv_groups, kv_start, backend, paged_queries, memory,
+    workspace, as in CacheOptions.
 
     Yields an Attachment with ``stats``. On exit the model is as it was, also after an exception.
     Raises UnsupportedModel, or ValueError for arguments that cannot work, before the model is
     touched.
     """
     seen = view(model)
-    if profile is None and isinstance(policy, str):
-        profile = seen.profile()
-    if isinstance(policy, str) and isinstance(profile, str | Path):
-        profile = load_profile(profile)
-    chosen = choose_policy(policy, profile, len(seen.attentions))
-    note = profile_note(policy, profile, seen.schedule)
-    attachment = Attachment(
-        seen,
-        chosen,
-        budget,
-        note,
-        observer,
-        page_size=page_size,
-        kv_dtype=kv_dtype,
-        kv_groups=kv_groups,
-        kv_start=kv_start,
-        backend=backend,
-        paged_queries=paged_queries,
-        memory=memory,
-    )
-    with patched(seen, attachment):
-        yield attachment
+    chosen = CacheOptions(policy=policy, budget=budget, **options)
+    if chosen.profile is None and isinstance(policy, str):
+        chosen = replace(chosen, profile=seen.profile())
+    attachment = Attachment(seen, chosen, pool, observer)
+    try:
+        try:
+            with patched(seen, attachment):
+                yield attachment
+        finally:
+            attachment.detach()
+    finally:
+        attachment.detach()  # again, for an interrupt in the middle of the first time
 
 
 __all__ = ["Attachment", "attach", "view"]

@@ -4,20 +4,17 @@ exit.
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import wraps
+from dataclasses import dataclass
+from functools import update_wrapper
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from kvruntime.cache import PagedKVCache, Stats
-from kvruntime.errors import BackendUnavailable
-from kvruntime.executor import Observer
-from kvruntime.plan import Plan
-from policies import CacheGeometry, Policy, Profile, ScaleSchedule
+from policies import Profile, ScaleSchedule
 
 _ABSENT = object()
 
@@ -56,91 +53,73 @@ class Adapter(Protocol):
     def view(self, model: nn.Module) -> ModelView: ...
 
 
-class Attachment:
-    """A paged cache inside a model. ``stats`` tells about the generation that runs or ran last.
+class Serving(Protocol):
+    """What a patched model talks to."""
 
-    options: of PagedKVCache, passed on.
-    """
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
-    def __init__(
-        self,
-        seen: ModelView,
-        policy: Policy,
-        budget: float,
-        profile_note: str,
-        observer: Observer | None,
-        **options: Any,
-    ) -> None:
-        self._view = seen
-        self._policy = policy
-        self._budget = budget
-        self._profile_note = profile_note
-        self._options = options
-        self._observer = observer
-        parameter = next(seen.model.parameters())
-        self._made_for = (parameter.dtype, parameter.device)
-        try:
-            self._cache = self._make_cache(*self._made_for)
-        except BackendUnavailable:
-            if parameter.dtype != torch.float32:
-                raise
-            self._cache = self._make_autocast_cache(parameter.device)
-        self._last_stats: Stats | None = None
-
-    @property
-    def stats(self) -> Stats:
-        if self._last_stats is not None:
-            return self._last_stats
-        return replace(self._cache.stats, profile=self._profile_note)
-
-    def detach(self) -> None:
-        """End the open generation and let the tensors go; ``stats`` stay."""
-        self.close()
-        self._last_stats = self.stats
-        self._cache = self._make_cache(*self._made_for)
-
-    def plan(self, pictures: int, rows_per_picture: int = 2) -> Plan:
-        """What a generation of so many pictures will need, in the number format of the weights."""
-        return self._cache.plan(pictures * rows_per_picture)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One layer's attention; the first call of a generation opens it. Under autocast V sets the
-        dtype.
-        """
-        if not self._cache.is_open:
-            if self._made_for != (v.dtype, v.device):
-                self._cache = self._make_cache(v.dtype, v.device)
-                self._made_for = (v.dtype, v.device)
-            self._cache.open(q.shape[0])
-        return self._cache.attend(layer, q.to(v.dtype), k.to(v.dtype), v)
+    def is_attached(self) -> bool:
+        """Whether the model's calls still come here."""
+        ...
 
     def close(self) -> None:
-        self._cache.close()
+        """End the open generation, if it is this thread's; refuse if it is another's."""
+        ...
 
-    def _make_autocast_cache(self, device: torch.device) -> PagedKVCache:
-        """For float32 weights and a back end that cannot do that: autocast may make it a number
-        format that it can. If it does not, the first step refuses.
+    def drawing(self) -> Any:
+        """A context in which this thread, and no other one, draws with the model."""
+        ...
+
+
+class Patch:
+    """A method of one module instance, and the one it stands for. A deepcopy of the model gets the
+    latter, bound to the copy.
+    """
+
+    def __init__(self, original: Callable[..., Any], call: Callable[..., Any]) -> None:
+        update_wrapper(self, original)
+        self._original, self._call = original, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._original, memo)
+
+
+class _Patches:
+    """The patches on every attribute, oldest first; several attachments may leave in any order."""
+
+    def __init__(self) -> None:
+        self._stacks: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Any]]]
+        self._stacks = weakref.WeakKeyDictionary()
+
+    def put(self, module: nn.Module, name: str, patch: Patch) -> None:
+        stack = self._stacks.setdefault(module, {}).setdefault(name, [])
+        if not stack:
+            stack.append(module.__dict__.get(name, _ABSENT))
+        stack.append(patch)
+        module.__dict__[name] = patch
+
+    def remove(self, module: nn.Module, name: str, patch: Patch) -> None:
+        """Take one out; the newest of the others, or what was there at first, stands. Twice is
+        allowed.
         """
-        try:
-            self._made_for = (torch.bfloat16, device)
-            return self._make_cache(*self._made_for)
-        except BackendUnavailable:
-            self._made_for = (torch.float16, device)
-            return self._make_cache(*self._made_for)
+        stack = self._stacks.get(module, {}).get(name, [])
+        rest = [value for value in stack[1:] if value is not patch]
+        if stack and module.__dict__.get(name) in stack[1:]:  # else somebody put in their own
+            newest = rest[-1] if rest else stack[0]
+            if newest is _ABSENT:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = newest
+        if stack:
+            stack[1:] = rest
+            if not rest:
+                self._stacks[module].pop(name, None)
 
-    def _make_cache(self, dtype: torch.dtype, device: torch.device) -> PagedKVCache:
-        seen = self._view
-        name = str(dtype).removeprefix("torch.")
-        return PagedKVCache(
-            CacheGeometry(len(seen.attentions), seen.heads, seen.head_dim, name, name),
-            seen.schedule,
-            self._policy,
-            self._budget,
-            softmax_scale=seen.softmax_scale,
-            device=device,
-            observer=self._observer,
-            **self._options,
-        )
+
+_patches = _Patches()
 
 
 def lacking(thing: object, path: str, names: tuple[str, ...]) -> list[str]:
@@ -149,66 +128,74 @@ def lacking(thing: object, path: str, names: tuple[str, ...]) -> list[str]:
 
 
 @contextmanager
-def patched(seen: ModelView, attachment: Attachment) -> Iterator[None]:
-    """Route the attention modules through the attachment; restore every attribute at the end."""
-    undo: list[tuple[nn.Module, str, object]] = []
+def patched(seen: ModelView, serving: Serving) -> Iterator[None]:
+    """Route the attention modules through ``serving``; restore every attribute at the end, also
+    when an interrupt comes while that is done.
+    """
+    done: list[tuple[nn.Module, str, Patch]] = []
     caching = [bool(attention.caching) for attention in seen.attentions]
 
-    def put(module: nn.Module, name: str, value: object) -> None:
-        undo.append((module, name, module.__dict__.get(name, _ABSENT)))
-        module.__dict__[name] = value
+    def put(module: nn.Module, name: str, call: Callable[..., Any]) -> None:
+        patch = Patch(getattr(module, name), call)
+        done.append((module, name, patch))
+        _patches.put(module, name, patch)
 
-    try:
-        for layer, attention in enumerate(seen.attentions):
-            put(attention, "forward", _forward(seen, attachment, layer, attention))
-        first = seen.attentions[0]
-        put(first, seen.toggle, _closing(getattr(first, seen.toggle), attachment, always=True))
-        sampler = getattr(seen.model, seen.sampler)
-        put(seen.model, seen.sampler, _closing(sampler, attachment, always=False))
-        yield
-    finally:
-        attachment.detach()
-        for module, name, value in reversed(undo):
-            if value is _ABSENT:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = value
+    def restore() -> None:
+        for module, name, patch in done:
+            _patches.remove(module, name, patch)
         for attention, before in zip(seen.attentions, caching, strict=True):
             if attention.caching != before:  # a sampler that raised left its own cache switched on
                 getattr(attention, seen.toggle)(before)
 
+    try:
+        try:
+            for layer, attention in enumerate(seen.attentions):
+                put(attention, "forward", _forward(seen, serving, layer, attention))
+            first = seen.attentions[0]
+            put(first, seen.toggle, _starting(getattr(first, seen.toggle), serving))
+            put(seen.model, seen.sampler, _sampling(getattr(seen.model, seen.sampler), serving))
+            yield
+        finally:
+            restore()
+    finally:
+        restore()  # again, for an interrupt in the middle of the first time
+
 
 def _forward(
-    seen: ModelView, attachment: Attachment, layer: int, attention: nn.Module
-) -> Callable[..., Tensor]:
+    seen: ModelView, serving: Serving, layer: int, attention: nn.Module
+) -> Callable[..., Any]:
     """The attention's forward: through the paged cache while the model caches, its own
     otherwise.
     """
     original = attention.forward
 
-    @wraps(original)
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not attention.caching:
-            return original(x, *args, **kwargs)  # type: ignore[no-any-return]
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not attention.caching or not serving.is_attached():
+            return original(x, *args, **kwargs)
         q, k, v = seen.project(attention, x)
-        return seen.finish(attention, attachment.attend(layer, q, k, v))
+        return seen.finish(attention, serving.attend(layer, q, k, v))
 
     return forward
 
 
-def _closing(
-    method: Callable[..., Any], attachment: Attachment, always: bool
-) -> Callable[..., Any]:
-    """The method, and the end of the open generation: before every call, or when the call fails."""
+def _starting(toggle: Callable[..., Any], serving: Serving) -> Callable[..., Any]:
+    """The switch of the model's own cache: whatever generation is open ends there."""
 
-    @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if always:
-            attachment.close()
-        try:
-            return method(*args, **kwargs)
-        except BaseException:
-            attachment.close()
-            raise
+        if serving.is_attached():
+            serving.close()
+        return toggle(*args, **kwargs)
+
+    return call
+
+
+def _sampling(sampler: Callable[..., Any], serving: Serving) -> Callable[..., Any]:
+    """The sampler, for one thread at a time; a generation that fails is closed."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not serving.is_attached():
+            return sampler(*args, **kwargs)
+        with serving.drawing():
+            return sampler(*args, **kwargs)
 
     return call

@@ -1,54 +1,16 @@
-"""Attention back ends: what they promise, and which one a cache gets."""
+"""Which attention back end a cache gets, and why."""
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from kvruntime.attention import sdpa
+from kvruntime.attention.base import TESTED_VERSIONS, Backend
 from kvruntime.errors import BackendUnavailable
-from kvruntime.plan import Plan
-from kvruntime.pool import TORCH_DTYPES, Lanes, Pages
-
-BACKENDS = ("auto", "sdpa", "xformers")
-TESTED_VERSIONS = "tested with xformers 0.0.35 and triton 3.7.1: pip install 'kvruntime[xformers]'"
-PAGED_QUERIES = 256  # not measured yet: no GPU in our tests; `python -m benchmarks gpu` tells
-
-
-class Backend(Protocol):
-    """Attention of all queries to all keys of their lane, without a mask; no gradients."""
-
-    name: str
-
-    def reads_pages(self, pages: Pages, num_queries: int, is_ragged: bool) -> bool:
-        """Whether a step goes to ``attend_pages``; else tokens are gathered for ``attend``."""
-        ...
-
-    def attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, softmax_scale: float
-    ) -> Tensor:
-        """Attention of q [rows, n, heads, head_dim] to keys and values [rows, heads, tokens,
-        head_dim].
-
-        bias: [heads, 1, tokens] added to the logits, or None. Returns [rows, n, heads, head_dim].
-        """
-        ...
-
-    def attend_pages(
-        self, q: Tensor, k: Tensor, v: Tensor, cached: Lanes, softmax_scale: float
-    ) -> Tensor:
-        """Attention of q to what the rows * heads lanes hold and to the fresh k and v, all [rows,
-        n, heads, head_dim].
-        """
-        ...
-
-
-def last_line(text: str) -> str:
-    """What an error says at its end; a word where it says nothing."""
-    return (text.strip().splitlines() or ["no message"])[-1]
+from kvruntime.planning.demand import Plan
+from policies import TORCH_DTYPES
 
 
 def choose_backend(
@@ -60,10 +22,6 @@ def choose_backend(
     BackendUnavailable with every reason where it cannot. paged_queries: most queries of a
     scale for which xformers reads pages; a finer scale is gathered.
     """
-    if wanted not in BACKENDS:
-        raise ValueError(f"backend {wanted!r} is not one of {', '.join(BACKENDS)}")
-    if isinstance(paged_queries, bool) or not isinstance(paged_queries, int) or paged_queries < 0:
-        raise ValueError(f"paged_queries must be a number of queries, got {paged_queries!r}")
     if wanted == "sdpa":
         return sdpa.SDPA(), "asked for"
     if wanted == "auto" and device.type != "cuda":

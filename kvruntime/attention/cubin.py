@@ -16,18 +16,18 @@ import sys
 import tempfile
 from typing import Any
 
-from kvruntime.attention import last_line
-from kvruntime.formats import RowFormat
+from kvruntime.attention.base import Lanes, last_line
+from kvruntime.storage.layout import PageLayout, RecordFormat
 
-VARIANTS: list[tuple[str, int, int, RowFormat | None]] = [  # dtype, head_dim, page_size, row
+VARIANTS: list[tuple[str, int, int, RecordFormat | None]] = [  # dtype, head_dim, page_size, records
     *(("bfloat16", 128, page_size, None) for page_size in (16, 32, 64, 128)),
-    *(("bfloat16", 128, 64, RowFormat(4, groups)) for groups in (1, 2, 4, 8)),
+    *(("bfloat16", 128, 64, RecordFormat(4, groups)) for groups in (1, 2, 4, 8)),
     ("float16", 128, 64, None),
-    ("float16", 128, 128, RowFormat(4, 1)),
+    ("float16", 128, 128, RecordFormat(4, 1)),
     ("bfloat16", 64, 64, None),
     ("float16", 64, 16, None),
-    ("bfloat16", 64, 32, RowFormat(4, 4)),
-    ("float16", 32, 16, RowFormat(4, 2)),
+    ("bfloat16", 64, 32, RecordFormat(4, 4)),
+    ("float16", 32, 16, RecordFormat(4, 2)),
 ]
 
 
@@ -69,15 +69,15 @@ class _Driver:
         return 0
 
 
-def _compile(capability: int, variants: list[tuple[str, int, int, RowFormat | None]]) -> None:
+def _compile(capability: int, variants: list[tuple[str, int, int, RecordFormat | None]]) -> None:
     """Send every variant through the back end's own code, and print what was compiled."""
     import torch
     import triton
     from xformers.ops import fmha
 
     from kvruntime.attention import xformers
-    from kvruntime.pool import TORCH_DTYPES, Lanes, Pool
-    from policies import CacheGeometry
+    from kvruntime.storage.pool import Pool
+    from policies import TORCH_DTYPES
 
     triton.runtime.driver.set_active(_Driver(capability))
     torch.cuda.get_device_capability = lambda *args: divmod(capability, 10)
@@ -91,27 +91,30 @@ def _compile(capability: int, variants: list[tuple[str, int, int, RowFormat | No
         return compiled[-1]
 
     triton.JITFunction.run = compile_only
-    cpu = torch.device("cpu")
-    for dtype, head_dim, page_size, row in variants:
-        geometry = CacheGeometry(1, 1, head_dim, dtype, dtype)
-        pool = Pool(64, page_size, geometry, cpu, row)
-        pages = pool.quantised or pool.exact
-        backend = xformers.XFormers(cpu, TORCH_DTYPES[dtype], head_dim, 10**6)
+    for dtype, head_dim, page_size, records in variants:
+        token = records.num_bytes(head_dim) if records else 2 * head_dim
+        layout = PageLayout(page_size, page_size * token, head_dim, dtype, records)
+        pool = Pool(num_pages=64, page_bytes=2 * layout.half_bytes, weight_bytes=2 * page_size)
+        pages = pool.view(layout)
+        backend = xformers.XFormers(torch.device("cpu"), TORCH_DTYPES[dtype], head_dim, 10**6)
         assert backend.reads_pages(pages, 1, True)
-        for rows, n in ((1, 40), (80, 256)):  # with and without splits
+        # with and without splits, with and without log weights
+        for rows, n, weighted in ((1, 40, False), (80, 256, False), (1, 40, True)):
             q = torch.zeros(rows, n, 1, head_dim, dtype=TORCH_DTYPES[dtype])
             tables = torch.zeros(rows, 64, dtype=torch.int64)
             lengths = torch.zeros(rows, dtype=torch.int64)
-            backend.attend_pages(q, q, q, Lanes(pages, tables, lengths, 64), 1.0)
+            held = Lanes(pages, tables, lengths, 64, weighted)
+            backend.attend_pages(q, q, q, held, 1.0)
             for kernel in compiled:
                 result = {
                     "capability": capability,
                     "dtype": dtype,
                     "head_dim": head_dim,
                     "page_size": page_size,
-                    "groups": row.groups if row else None,
+                    "groups": records.groups if records else None,
                     "rows": rows,
                     "queries": n,
+                    "weighted": weighted,
                     "kernel": kernel.metadata.name,
                     "cubin_bytes": len(kernel.asm["cubin"]),
                     "shared_bytes": kernel.metadata.shared,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvruntime.pool import Lanes, Pages
+from kvruntime.attention.base import Lanes
+from kvruntime.storage.pool import Pages
 
 
 class SDPA:
@@ -19,11 +20,8 @@ class SDPA:
     def attend(
         self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, softmax_scale: float
     ) -> Tensor:
-        mask = None
-        if bias is not None:
-            mask = bias.unsqueeze(0).expand(q.shape[0], -1, q.shape[1], -1)
         q = q.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, keys, values, mask, scale=softmax_scale)
+        out = F.scaled_dot_product_attention(q, keys, values, bias, scale=softmax_scale)
         return out.transpose(1, 2)
 
     def attend_pages(

@@ -19,11 +19,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kvruntime.attention import TESTED_VERSIONS, last_line
-from kvruntime.formats import RowFormat, stored_bytes
-from kvruntime.plan import Plan
-from kvruntime.pool import Lanes, Pages
-from kvruntime.quantize import quantize
+from kvruntime.attention.base import TESTED_VERSIONS, Lanes, last_line
+from kvruntime.planning.demand import Plan
+from kvruntime.storage.layout import RecordFormat
+from kvruntime.storage.pool import Pages, flat
+from kvruntime.storage.records import quantize
 
 with warnings.catch_warnings():  # deprecations between xformers and triton
     warnings.simplefilter("ignore")
@@ -57,7 +57,9 @@ class XFormers:
         self, device: torch.device, dtype: torch.dtype, head_dim: int, paged_queries: int
     ) -> None:
         self._paged_queries = paged_queries
-        self._gathered_op = _operator_for_gathered(device, dtype, head_dim)
+        self._gathered_op = _operator_for_gathered(device, dtype, head_dim, None)
+        bias = _spread(torch.zeros(1, 1, 1, 16, dtype=dtype, device=device), 1, 16)
+        self._biased_op = _operator_for_gathered(device, dtype, head_dim, bias)
 
     @property
     def gathered_operator(self) -> str:
@@ -67,8 +69,10 @@ class XFormers:
     def reads_pages(self, pages: Pages, num_queries: int, is_ragged: bool) -> bool:
         num_pages, page_size, width = pages.keys.shape
         apart = pages.keys.stride(1) * pages.keys.element_size()
-        head_dim = (width - pages.row.groups) * 32 // pages.row.bits if pages.row else width
-        if unreadable(page_size, apart, head_dim, pages.row):
+        head_dim = (
+            (width - pages.records.groups) * 32 // pages.records.bits if pages.records else width
+        )
+        if unreadable(page_size, apart, head_dim, pages.records):
             return False
         if num_pages * page_size >= _MOST_SLOTS:
             return False
@@ -77,11 +81,14 @@ class XFormers:
     def attend(
         self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, softmax_scale: float
     ) -> Tensor:
-        assert bias is None, "ragged lanes are read from pages"
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        op, added = self._gathered_op, None
+        if bias is not None:
+            op = self._biased_op
+            added = _spread(bias.to(q.dtype), q.shape[0], q.shape[1])
         with _on_device_of(q):
             out: Tensor = fmha.memory_efficient_attention_forward(
-                q, k, v, scale=softmax_scale, op=self._gathered_op
+                q, k, v, added, scale=softmax_scale, op=op
             )
         return out
 
@@ -90,14 +97,18 @@ class XFormers:
     ) -> Tensor:
         rows, n, heads, head_dim = q.shape
         pages = cached.pages
-        groups = pages.row.groups if pages.row else 1
+        groups = pages.records.groups if pages.records else 1
         op = _operator(_block(pages.page_size), groups)
+        if cached.weighted:
+            op = _with_bias(op, _page_bias(cached))
         bias = _paged_bias(n, cached.tables, cached.lengths, cached.longest, pages.page_size)
-        flat = q.transpose(1, 2).reshape(1, -1, 1, head_dim)
-        k_pages, v_pages = _flat(pages.keys), _flat(pages.values)
+        queries = q.transpose(1, 2).reshape(1, -1, 1, head_dim)
+        k_pages, v_pages = (
+            flat(part).view(1, -1, 1, part.shape[2]) for part in (pages.keys, pages.values)
+        )
         with _on_device_of(q):
             old, old_lse = fmha.memory_efficient_attention_partial(
-                flat, k_pages, v_pages, bias, scale=softmax_scale, op=op
+                queries, k_pages, v_pages, bias, scale=softmax_scale, op=op
             )
             fresh, fresh_lse = fmha.memory_efficient_attention_partial(
                 q, k, v, scale=softmax_scale, op=_operator(_BLOCKS[0], 1)
@@ -108,42 +119,49 @@ class XFormers:
         return out.transpose(1, 2).to(q.dtype)
 
 
-def unreadable(page_size: int, token_bytes: int, head_dim: int, row: RowFormat | None) -> str:
+def _page_bias(cached: Lanes) -> Tensor:
+    """Log weights of the lanes in the order of their tables, float32 [lanes, width * page_size]."""
+    weights = cached.pages.weights
+    assert weights is not None
+    return weights[:, : cached.pages.page_size][cached.tables].flatten(1).float()
+
+
+def _spread(bias: Tensor, rows: int, n: int) -> Tensor:
+    """A bias [rows or 1, heads, 1, tokens] as the operators want it, [rows, heads, n, tokens] on a
+    multiple of 8 tokens; a view with distance 0 over the queries.
+    """
+    tokens = bias.shape[3]
+    padded = bias.new_zeros(rows, bias.shape[1], 1, -(-tokens // 8) * 8)
+    padded[..., :tokens] = bias
+    return padded[..., :tokens].expand(-1, -1, n, -1)
+
+
+def unreadable(
+    page_size: int, token_bytes: int, head_dim: int, records: RecordFormat | None
+) -> str:
     """Why the kernel cannot read pages of such a format; empty if it can. token_bytes: from one
     token to the next.
     """
     if page_size % _BLOCKS[-1]:
         return f"pages of {page_size} tokens, not a multiple of {_BLOCKS[-1]}"
-    if row is None:
+    if records is None:
         return "" if token_bytes % 16 == 0 else f"tokens {token_bytes} bytes apart"
-    if row.bits != 4:
-        return f"{row.name} pages"
-    group = head_dim // row.groups
+    if records.bits != 4:
+        return f"{records.name} pages"
+    group = head_dim // records.groups
     return "" if group >= _LEAST_GROUP else f"groups of {group} values, at least {_LEAST_GROUP}"
 
 
 def reasons_against(device: torch.device, dtype: torch.dtype, plan: Plan) -> list[str]:
     """Why the operators cannot run such a plan, in their own words; empty if they can."""
-    geometry, row = plan.geometry, plan.row
-    head_dim, page_size = geometry.head_dim, plan.page_size
+    head_dim = plan.geometry.head_dim
     lanes = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
     ints = torch.zeros(1, 1, dtype=torch.int64, device=device)
     bias = _paged_bias(16, ints, ints[0], 16, 16)
     inputs = fmha.Inputs(lanes, lanes, lanes, bias, scale=1.0, is_partial=True)
     reasons: list[str] = list(_operator(16, 1).not_supported_reasons(inputs))
     if not reasons:
-        reasons += _broken(device, dtype, head_dim, row)
-    if (plan.lengths != plan.lengths[:, :, :1]).any():  # such lanes are always read from pages
-        kinds: list[tuple[int, RowFormat | None]] = []
-        if plan.start_scale:
-            kinds.append((plan.exact_page_size, None))
-        if row is not None:
-            kinds.append((page_size, row))
-        for size, kind in kinds:
-            apart = page_size * stored_bytes(geometry, row) // (2 * size)
-            why = unreadable(size, apart, head_dim, kind)
-            if why:
-                reasons.append(f"heads differ in length, and the kernel cannot read {why}")
+        reasons += _broken(device, dtype, head_dim, plan.records)
     return reasons
 
 
@@ -167,17 +185,17 @@ def operators(device: torch.device) -> dict[str, list[str]]:
 
 @functools.cache
 def _broken(
-    device: torch.device, dtype: torch.dtype, head_dim: int, row: RowFormat | None
+    device: torch.device, dtype: torch.dtype, head_dim: int, records: RecordFormat | None
 ) -> list[str]:
     """What goes wrong when the kernels run once on next to nothing: a version of triton that does
     not fit is known by its compiler, not by its number.
     """
     tokens = torch.zeros(1, 16, 1, head_dim, dtype=dtype, device=device)
     ints = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    kinds = [Pages(tokens[:, :, 0], tokens[:, :, 0], None)]
-    if row is not None and not unreadable(16, 0, head_dim, row):
-        rows = quantize(tokens[:, :, 0], row)
-        kinds.append(Pages(rows, rows, row))
+    kinds = [Pages(tokens[:, :, 0], tokens[:, :, 0], None, None)]
+    if records is not None and not unreadable(16, 0, head_dim, records):
+        stored = quantize(tokens[0, :, 0], records).unsqueeze(0)
+        kinds.append(Pages(stored, stored, None, records))
     try:
         backend = XFormers(device, dtype, head_dim, 16)
         for pages in kinds:
@@ -191,13 +209,15 @@ def _broken(
     return []
 
 
-def _operator_for_gathered(device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
-    """What xformers would choose for tokens without a bias; the paged kernel's operator, which can
-    do that too, where none of the others runs.
+def _operator_for_gathered(
+    device: torch.device, dtype: torch.dtype, head_dim: int, bias: Tensor | None
+) -> Any:
+    """What xformers would choose for tokens with such a bias, or none; the paged kernel's operator,
+    which can do that too, where none of the others runs.
     """
     if device.type == "cuda":
         tokens = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
-        inputs = fmha.Inputs(tokens, tokens, tokens, None, scale=1.0)
+        inputs = fmha.Inputs(tokens, tokens, tokens, bias, scale=1.0)
         for operator in fmha.dispatch._dispatch_fw_priority_list(inputs, False):
             if not operator.not_supported_reasons(inputs):
                 return operator
@@ -241,6 +261,38 @@ def _operator(block: int, groups: int) -> Any:
     return PagedOperator
 
 
+def _with_bias(operator: Any, bias: Tensor) -> Any:
+    """The operator for one call, whose kernel adds bias [lanes, places] to the logits of each
+    lane, the same for all queries. The kernel can; xformers passes it none for pages.
+    """
+    kernel = operator.get_kernel()
+
+    class Launcher:
+        def __getitem__(self, grid: Any) -> Any:
+            launch = kernel[grid]
+
+            def call(**arguments: Any) -> Any:
+                arguments |= {
+                    "additive_bias": bias,
+                    "HAS_ADDITIVE_BIAS": True,
+                    "stride_bias_b": bias.stride(0),
+                    "stride_bias_g": 0,
+                    "stride_bias_h": 0,
+                    "stride_bias_qm": 0,
+                    "stride_bias_km": bias.stride(1),
+                }
+                return launch(**arguments)
+
+            return call
+
+    class BiasedOperator(operator):  # type: ignore[misc]
+        @classmethod
+        def get_kernel(cls) -> Any:
+            return Launcher()
+
+    return BiasedOperator
+
+
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device, whatever device the tensors are on."""
     return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
@@ -248,11 +300,6 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
 
 def _block(page_size: int) -> int:
     return next(block for block in _BLOCKS if page_size % block == 0)
-
-
-def _flat(pages: Tensor) -> Tensor:
-    """Pages as the kernel wants them, [1, slots, 1, width]; a view."""
-    return pages.view(1, pages.shape[0] * pages.shape[1], 1, pages.shape[2])
 
 
 def _paged_bias(n: int, tables: Tensor, lengths: Tensor, longest: int, page_size: int) -> Any:

@@ -1,0 +1,26 @@
+"""The command line: kvruntime demo, plan, doctor."""
+
+from __future__ import annotations
+
+import typer
+
+from kvruntime.cli.demo import demo
+from kvruntime.cli.doctor import doctor
+from kvruntime.cli.plan import plan_command
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="A memory-managed, paged KV cache for next-scale (VAR) image models.",
+)
+app.command("demo")(demo)
+app.command("plan")(plan_command)
+app.command("doctor")(doctor)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

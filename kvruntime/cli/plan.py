@@ -1,0 +1,153 @@
+"""kvruntime plan."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvruntime.catalogue import ASPECT_RATIOS, MODEL_NAMES, RESOLUTIONS, find_model
+from kvruntime.cli.common import (
+    JSON,
+    BudgetText,
+    KVDtype,
+    KVGroups,
+    KVStart,
+    PolicyName,
+    exit_codes,
+    parse_budget,
+    print_json,
+)
+from kvruntime.planning import Plan, max_rows, plan, require
+from kvruntime.sizes import parse_bytes
+from policies import AMSKV, DTYPE_BYTES, Policy, ScaleKV
+
+
+def plan_command(
+    model: Annotated[str, typer.Argument(help=f"One of {', '.join(MODEL_NAMES)}.")],
+    batch: Annotated[
+        int, typer.Option(help="Pictures at once; guidance makes two rows of each.")
+    ] = 1,
+    policy: PolicyName = "scalekv",
+    budget: BudgetText = "0.10",
+    memory: Annotated[
+        str | None, typer.Option(help="What the cache may take, such as 80GiB.")
+    ] = None,
+    reserved: Annotated[
+        str | None, typer.Option(help="Of that, taken by weights and others.")
+    ] = None,
+    key_dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPE_BYTES)}.")] = None,
+    value_dtype: Annotated[str | None, typer.Option(help="The same for V.")] = None,
+    page_size: Annotated[int | None, typer.Option(help="Tokens in a page.")] = None,
+    kv_dtype: KVDtype = None,
+    kv_groups: KVGroups = 1,
+    kv_start: KVStart = None,
+    resolution: Annotated[
+        str | None, typer.Option(help=f"Infinity: {', '.join(RESOLUTIONS)}.")
+    ] = None,
+    aspect: Annotated[
+        str | None, typer.Option(help=f"Infinity: {', '.join(ASPECT_RATIOS)}.")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="Calibrated profile of the model.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Say how much memory a generation needs and how many rows fit, without running it."""
+    with exit_codes():
+        known = find_model(model, resolution, aspect).with_dtypes(key_dtype, value_dtype)
+        made = plan(
+            known,
+            batch,
+            policy,
+            parse_budget(budget),
+            profile=profile,
+            page_size=page_size,
+            kv_dtype=kv_dtype,
+            kv_groups=kv_groups,
+            kv_start=kv_start,
+        )
+        room = None
+        if memory is not None:
+            room = parse_bytes(memory) - _reserved_bytes(reserved)
+        elif reserved is not None:
+            raise ValueError("--reserved goes with --memory")
+        result = plan_report(known.name, made, room)
+        if as_json:
+            print_json(result)
+        else:
+            _print_plan(result, known.rows_per_picture)
+        if room is not None:
+            require(made, room)
+
+
+def _reserved_bytes(text: str | None) -> int:
+    """What others take; nothing at all is allowed here."""
+    return 0 if text is None or re.fullmatch(r"\s*0+\s*[a-zA-Z]*\s*", text) else parse_bytes(text)
+
+
+def _roles(policy: Policy) -> str:
+    """Where the roles of layers come from: a published preset, a profile, or nowhere."""
+    if isinstance(policy, ScaleKV):
+        return "preset" if policy.published else "profile" if policy.drafters else "none"
+    return "profile" if isinstance(policy, AMSKV) and policy.demanding else "none"
+
+
+def plan_report(model: str, made: Plan, room: int | None) -> dict[str, Any]:
+    """The JSON of ``kvruntime plan``."""
+    report: dict[str, Any] = {
+        "version": 1,
+        "model": model,
+        "policy": made.policy.name,
+        "roles": _roles(made.policy),
+        "budget_tokens": made.budget_tokens,
+        "history_tokens": made.schedule.history,
+        "key_dtype": made.geometry.key_dtype,
+        "value_dtype": made.geometry.value_dtype,
+        "page_size": made.page_size,
+        **made.page_format,
+        "rows": made.rows,
+        "token_bytes": made.token_bytes,
+        "peak_token_bytes": made.peak_token_bytes,
+        "page_bytes": made.page_bytes,
+        "weight_bytes": made.weight_bytes,
+        "workspace_bytes": made.workspace_bytes,
+        "peak_pages": made.peak_pages,
+        "baseline": made.baseline_bytes(),
+    }
+    if room is not None:
+        report["memory_bytes"] = room
+        report["max_rows"] = max_rows(made, room)
+    return report
+
+
+def _print_plan(result: dict[str, Any], rows_per_picture: int) -> None:
+    title = (
+        f"{result['model']}, {result['policy']}, {result['budget_tokens']} of "
+        f"{result['history_tokens']} tokens, {result['rows']} rows"
+    )
+    if result["kv_dtype"]:
+        title += (
+            f", {result['kv_dtype']} with {result['kv_groups']} groups from scale "
+            f"{result['kv_start']} on"
+        )
+    table = Table(title=title)
+    table.add_column("what")
+    table.add_column("MiB", justify="right")
+    lines = {
+        "tokens kept after a scale": result["token_bytes"],
+        "tokens kept at the worst layer": result["peak_token_bytes"],
+        f"pool: {result['peak_pages']} pages of {result['page_size']} tokens": result["page_bytes"],
+        "workspace": result["workspace_bytes"],
+        "own cache, before the last scale": result["baseline"]["history_bytes"],
+        "own cache, all scales": result["baseline"]["all_scales_bytes"],
+        "own cache, while torch.cat copies": result["baseline"]["with_cat_copy_bytes"],
+    }
+    for name, size in lines.items():
+        table.add_row(name, f"{size / 2**20:,.1f}")
+    Console().print(table)
+    if "max_rows" in result:
+        rows = result["max_rows"]
+        Console().print(f"{rows} rows fit: {rows // rows_per_picture} pictures at once")

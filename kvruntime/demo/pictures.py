@@ -1,0 +1,94 @@
+"""The demo's pictures: side by side with the difference, and what formats cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kvruntime.catalogue import VAR_256
+
+PICTURES_SHOWN = 8
+
+
+def _pyplot() -> Any:
+    """matplotlib without a window, imported when there is something to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_picture(report: dict[str, Any], own: Tensor, ours: Tensor, path: Path) -> None:
+    """Three rows: the model's own cache, the runtime, four times their difference on grey."""
+    plt = _pyplot()
+    shown = min(PICTURES_SHOWN, own.shape[0])
+    difference = (0.5 + 4 * (ours - own)).clamp(0, 1)
+    run = report["runs"][report["shown"]]
+    history_bytes = run["baseline_bytes"] * VAR_256.history / VAR_256.total
+    share = 100 * run["token_bytes"] / history_bytes
+    titles = (
+        "own cache",
+        f"{report['shown']}\n{share:.1f} % of history",
+        "difference\n(4 x)",
+    )
+    figure, axes = plt.subplots(3, shown, figsize=(1.25 * shown + 1.2, 4.2), squeeze=False)
+    for row, (title, pictures) in enumerate(zip(titles, (own, ours, difference), strict=True)):
+        for column in range(shown):
+            axis = axes[row][column]
+            axis.imshow(pictures[column].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        axes[row][0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
+    figure.subplots_adjust(left=1.35 / (1.25 * shown + 1.2), right=0.995, top=0.99, bottom=0.01)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_formats(report: dict[str, Any], path: Path) -> None:
+    """PSNR and KL of every format against the bytes it keeps, with and without the start scale."""
+    plt = _pyplot()
+    exact = report["runs"]["full"]["token_bytes"]
+    runs = [run for run in report["runs"].values() if run["policy"] == "scalekv"]
+    runs += report["quantised"]
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.9))
+    colours = {None: "black", "int4": "tab:blue", "int2": "tab:orange"}
+    for axis, name in zip(axes, ("PSNR, dB", "KL, nats"), strict=True):
+        for run in runs:
+            value = run["kl"] if name == "KL, nats" else run["psnr_db"]["mean"]
+            late = run["kv_start"] != 0
+            axis.scatter(
+                100 * run["token_bytes"] / exact,
+                value,
+                marker="o" if run["policy"] == "full" else "^",
+                facecolors=colours[run["kv_dtype"]] if late else "none",
+                edgecolors=colours[run["kv_dtype"]],
+            )
+        axis.set_xscale("log")
+        axis.set_xticks([1, 2, 5, 10, 20], labels=["1", "2", "5", "10", "20"])
+        axis.set_xlabel("bytes kept, % of the exact cache")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    for label, marker, colour, filled in (
+        ("full", "o", "grey", True),
+        ("scalekv", "^", "grey", True),
+        ("exact", "s", "black", True),
+        ("int4", "s", "tab:blue", True),
+        ("int2", "s", "tab:orange", True),
+        ("from scale 0 on", "s", "grey", False),
+    ):
+        face = colour if filled else "none"
+        axes[0].scatter([], [], marker=marker, facecolors=face, edgecolors=colour, label=label)
+    axes[0].legend(fontsize=8, ncols=2, loc="upper left")
+    figure.suptitle(
+        f"{report['count']} emoji, {report['dtype']}, scalekv at {report['budget']}", fontsize=10
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

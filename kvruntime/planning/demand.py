@@ -1,0 +1,235 @@
+"""What a generation will need, to the page and to the byte, before its first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvruntime.planning.baseline import baseline_bytes
+from kvruntime.planning.positions import Positions
+from kvruntime.planning.regions import Kind, StepRegions, StepShape, declare, output_bytes
+from kvruntime.sizes import check_positive
+from kvruntime.storage.layout import WEIGHT_BYTES, PageLayout, RecordFormat, stored_bytes
+from policies import CacheGeometry, Lengths, Policy, ScaleSchedule
+
+WORKSPACE_LIMIT = 2**30  # bytes; one row may exceed it, more rows may not
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Exact demand of one generation.
+
+    tokens: tokens of each lane after (scale, layer), int64 [scales, layers, heads].
+    quantised: whether a layer's tokens are records after a scale, bool [scales, layers].
+    page_size, exact_page_size: records in a page, and exact tokens in one: pages are equally large.
+    bytes_per_page, weight_bytes_per_page: of a page's K and V, and of its log weights.
+    positions: what the host knows of every step.
+    Always: peak_pages == rows * max(row_pages);
+        page_bytes == peak_pages * (bytes_per_page + weight_bytes_per_page).
+    """
+
+    geometry: CacheGeometry
+    schedule: ScaleSchedule
+    policy: Policy
+    budget_tokens: int
+    rows: int
+    workspace_limit: int
+    tokens: Lengths
+    quantised: NDArray[np.bool_]
+    records: RecordFormat | None
+    page_size: int
+    exact_page_size: int
+    bytes_per_page: int  # K and V
+    weight_bytes_per_page: int
+    positions: Positions
+    declared: dict[StepShape, StepRegions] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def page_tokens(self) -> NDArray[np.int64]:
+        """Tokens in a page of a layer after each scale, int64 [scales, layers]."""
+        return np.where(self.quantised, self.page_size, self.exact_page_size)
+
+    @cached_property
+    def row_pages(self) -> NDArray[np.int64]:
+        """Pages one row holds after each (scale, layer) event, int64 [scales, layers]."""
+        return running_total((-(-self.tokens // self.page_tokens[:, :, None])).sum(axis=2))
+
+    @property
+    def start_scale(self) -> int:
+        """The first scale after which any layer is quantised; the number of scales if none is."""
+        any_layer = self.quantised.any(axis=1)
+        return int(np.argmax(any_layer)) if any_layer.any() else len(self.schedule)
+
+    @property
+    def page_format(self) -> dict[str, Any]:
+        """How pages are quantised, as users ask for it; None throughout if they never are."""
+        records = self.records
+        return {
+            "kv_dtype": records.name if records else None,
+            "kv_groups": records.groups if records else None,
+            "kv_start": self.start_scale if records else None,
+        }
+
+    @property
+    def peak_pages(self) -> int:
+        return self.rows * int(self.row_pages.max(initial=0))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of every page that is live at the peak: K, V and log weights."""
+        return self.peak_pages * (self.bytes_per_page + self.weight_bytes_per_page)
+
+    @property
+    def weight_bytes(self) -> int:
+        """The part of page_bytes that log weights take; 0 for policies that never fold."""
+        return self.peak_pages * self.weight_bytes_per_page
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the tokens kept after a scale, at the worst scale: what the papers count."""
+        return self.rows * int((self.tokens.sum(axis=2) * self._unit()).sum(axis=1).max())
+
+    @property
+    def peak_token_bytes(self) -> int:
+        """The same at the worst (scale, layer): drafters may grow before refiners have shrunk."""
+        return self.rows * int(running_total(self.tokens.sum(axis=2) * self._unit()).max())
+
+    def _unit(self) -> NDArray[np.int64]:
+        """Bytes of one kept token after each scale, [scales, layers]."""
+        exact, stored = self.geometry.token_bytes, stored_bytes(self.geometry, self.records)
+        weight = WEIGHT_BYTES if self.policy.needs.weights else 0
+        return np.where(self.quantised, stored, exact) + weight
+
+    @cached_property
+    def chunk_rows(self) -> int:
+        """Rows processed at a time: as many as the workspace limit allows, at least one."""
+        fits, too_many = 1, self.rows + 1
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self._step_bytes(middle) <= self.workspace_limit:
+                fits = middle
+            else:
+                too_many = middle
+        return fits
+
+    @cached_property
+    def workspace_bytes(self) -> int:
+        """One layer's step at its worst: what it works in, and what torch allocates beside."""
+        return self._step_bytes(self.chunk_rows)
+
+    @cached_property
+    def scratch_bytes(self) -> int:
+        """The part of the workspace that is made beforehand."""
+        return max(regions.num_bytes for _, regions in self._steps(self.chunk_rows))
+
+    def _step_bytes(self, rows: int) -> int:
+        steps = self._steps(rows)
+        beside = max(
+            regions.torch_bytes + output_bytes(shape, self.rows) for shape, regions in steps
+        )
+        return max(regions.num_bytes for _, regions in steps) + beside
+
+    def _steps(self, rows: int) -> list[tuple[StepShape, StepRegions]]:
+        scales, layers = len(self.schedule), self.geometry.layers
+        shapes = {
+            self.shape(scale, layer, rows) for scale in range(scales) for layer in range(layers)
+        }
+        return [(shape, self.regions(shape)) for shape in shapes]
+
+    def regions(self, shape: StepShape) -> StepRegions:
+        """What a step of this shape works in."""
+        if shape not in self.declared:
+            self.declared[shape] = declare(shape, self.policy)
+        return self.declared[shape]
+
+    @property
+    def total_bytes(self) -> int:
+        return self.page_bytes + self.workspace_bytes
+
+    def baseline_bytes(self) -> dict[str, int]:
+        """The model's own cache of as many rows (planning.baseline)."""
+        return baseline_bytes(self.geometry, self.schedule, self.rows)
+
+    def for_rows(self, rows: int) -> Plan:
+        """The same generation with other rows. Raises ValueError for bad ones."""
+        check_positive("rows", rows)
+        return replace(self, rows=rows)
+
+    def layout(self, quantised: bool, page_bytes: int | None = None) -> PageLayout:
+        """How pages are read before and after they are quantised."""
+        geometry = self.geometry
+        return PageLayout(
+            self.page_size if quantised else self.exact_page_size,
+            (page_bytes or self.bytes_per_page) // 2,
+            geometry.head_dim,
+            geometry.key_dtype,
+            self.records if quantised else None,
+        )
+
+    def longest_table(self, quantised: bool) -> int:
+        """Most pages of one lane that are ever read in that format, at least 1."""
+        pages = -(-self.tokens.max(axis=2) // self.page_tokens)
+        return max(1, int(np.where(self.quantised == quantised, pages, 0).max()))
+
+    def lengths_before(self, scale: int, layer: int) -> NDArray[np.int64]:
+        """Tokens of each head before this step, [heads]."""
+        after = self.tokens[scale, layer]
+        return self.tokens[scale - 1, layer] if scale else np.zeros_like(after)
+
+    def was_quantised(self, scale: int, layer: int) -> bool:
+        """Whether the layer's cached tokens are records before this step."""
+        return bool(scale and self.quantised[scale - 1, layer])
+
+    def shape(self, scale: int, layer: int, rows: int) -> StepShape:
+        """The sizes of this layer's step for so many rows."""
+        before, after = self.lengths_before(scale, layer), self.tokens[scale, layer]
+        was, becomes = self.was_quantised(scale, layer), bool(self.quantised[scale, layer])
+        known = self.positions.step(scale, layer)
+        shift = known.shift
+        if not after.any():
+            kind = Kind.NOTHING
+        elif shift is not None:
+            kind = Kind.SHIFT
+        elif known.keep is not None:
+            kind = Kind.KEEP
+        else:
+            kind = Kind.FOLD if self.policy.needs.weights else Kind.CHOOSE
+        size = self.page_size if was else self.exact_page_size
+        new_size = self.page_size if becomes else self.exact_page_size
+        cached, kept = int(before.max()), int(after.max())
+        return StepShape(
+            kind=kind,
+            rows=rows,
+            heads=self.geometry.heads,
+            head_dim=self.geometry.head_dim,
+            dtype=self.geometry.key_dtype,
+            cached=cached,
+            fresh=self.schedule.tokens[scale],
+            table=-(-cached // size),
+            page_size=size,
+            reads=self.records if was else None,
+            kept=kept,
+            new_table=-(-kept // new_size),
+            new_page_size=new_size,
+            writes=self.records if becomes else None,
+            written=int(after.sum()) if shift is None else self.geometry.heads * shift.sources.size,
+            sources=0 if shift is None else shift.sources.size,
+            moved=0 if shift is None else shift.moved,
+            fresh_is_slice=shift is None or shift.fresh_is_slice,
+            is_ragged=bool((before != cached).any()),
+            is_even=bool((after == kept).all()),
+            weighted=self.policy.needs.weights,
+        )
+
+
+def running_total(after: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sum over layers after each (scale, layer) event, when layers change one by one. [scales,
+    layers].
+    """
+    changes = np.diff(after, axis=0, prepend=np.zeros_like(after[:1]))
+    totals: NDArray[np.int64] = changes.ravel().cumsum().reshape(after.shape)
+    return totals

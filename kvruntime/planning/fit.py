@@ -1,0 +1,258 @@
+"""From options to a plan, budgets in bytes included; how many rows fit, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvruntime.errors import WillNeverFit
+from kvruntime.options import CacheOptions
+from kvruntime.planning.baseline import history_bytes
+from kvruntime.planning.demand import WORKSPACE_LIMIT, Plan
+from kvruntime.planning.positions import Positions
+from kvruntime.sizes import check_positive, parse_bytes, parse_share
+from kvruntime.storage.layout import (
+    MOST_QUANTISED_TOKENS,
+    WEIGHT_BYTES,
+    RecordFormat,
+    exact_page_size,
+    fitting_page_size,
+    stored_bytes,
+)
+from policies import (
+    DTYPE_BYTES,
+    Allocation,
+    CacheGeometry,
+    Policy,
+    Problem,
+    ScaleSchedule,
+    check_allocation,
+)
+
+MAX_ROWS = 2**20  # no search goes beyond; a schedule of one scale caches nothing
+
+
+def default_page_size(schedule: ScaleSchedule) -> int:
+    """16 tokens where the whole history is short (64-token pages waste half of it), else 64."""
+    return 16 if schedule.history < 1024 else 64
+
+
+def make_plan(
+    geometry: CacheGeometry,
+    schedule: ScaleSchedule,
+    policy: Policy,
+    options: CacheOptions,
+    rows: int,
+    *,
+    page_bytes: int | None = None,
+    weight_bytes: int | None = None,
+    workspace_limit: int = WORKSPACE_LIMIT,
+) -> Plan:
+    """The plan of one generation of ``rows`` rows. Allocates no tensor.
+
+    page_bytes, weight_bytes: of the pages of a pool that is there already; None: pages as the
+    options want them.
+    A budget in bytes is solved for the most tokens whose pages, at the peak, take no more.
+    Raises ValueError for options that do not fit this model, and WillNeverFit for a budget in bytes
+    that not even the smallest allocation keeps to.
+    """
+    check_positive("rows", rows)
+    limit = workspace_limit if options.workspace is None else int(options.workspace)
+
+    def build(tokens: int, page_size: int) -> Plan:
+        return _build(
+            geometry,
+            schedule,
+            policy,
+            options,
+            rows,
+            tokens,
+            page_size,
+            page_bytes,
+            weight_bytes,
+            limit,
+        )
+
+    sizes = _page_sizes(geometry, schedule, options, page_bytes)
+    if not isinstance(options.budget, str):
+        return build(schedule.resolve(options.budget), sizes[0])
+    share = parse_share(options.budget)
+    if share is not None:
+        most = int(share * history_bytes(geometry, schedule, 1)) * rows
+    else:
+        most = parse_bytes(options.budget)
+    plans = [_most_tokens(build, size, schedule, most) for size in sizes]
+    fitting = [plan for plan in plans if plan.page_bytes <= most]
+    if not fitting:
+        least = min(plans, key=lambda plan: plan.page_bytes)
+        raise WillNeverFit(
+            least.page_bytes,
+            most,
+            f"{policy.name} keeps at least {least.budget_tokens} tokens of each lane in pages of "
+            f"{least.page_size}: raise the budget, or ask for a kv_dtype or smaller pages",
+        )
+    return max(fitting, key=lambda plan: (plan.budget_tokens, plan.start_scale, plan.page_size))
+
+
+def _page_sizes(
+    geometry: CacheGeometry,
+    schedule: ScaleSchedule,
+    options: CacheOptions,
+    page_bytes: int | None,
+) -> list[int]:
+    """Page sizes to choose from."""
+    if options.page_size is not None:
+        return [options.page_size]
+    if page_bytes is not None:
+        stored = stored_bytes(geometry, options.records) // 2
+        return [min(fitting_page_size(page_bytes // 2, stored), MOST_QUANTISED_TOKENS)]
+    size = default_page_size(schedule)
+    if not isinstance(options.budget, str):
+        return [size]
+    # half-empty pages cost most where lanes are short; long ones keep what the paged kernel reads
+    sizes = range(4, 25) if size < 64 else range(16, 65, 16)
+    return [size for size in sizes if _holds_exact_tokens(geometry, options, size)]
+
+
+def _holds_exact_tokens(geometry: CacheGeometry, options: CacheOptions, page_size: int) -> bool:
+    try:
+        exact_page_size(geometry, options.records, page_size)
+    except ValueError:
+        return False
+    return True
+
+
+def _most_tokens(
+    build: Callable[[int, int], Plan], page_size: int, schedule: ScaleSchedule, most: int
+) -> Plan:
+    """The plan with most tokens whose pages take at most ``most`` bytes; the smallest one that the
+    policy accepts if none does.
+    """
+    low, high = 0, schedule.total  # low is refused or unknown, high is accepted
+    build(high, page_size)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            build(middle, page_size)
+            high = middle
+        except ValueError:
+            low = middle
+    least = best = build(high, page_size)
+    fits, too_many = high, schedule.total + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        plan = build(middle, page_size)
+        if plan.page_bytes <= most:
+            fits, best = middle, plan
+        else:
+            too_many = middle
+    return best if best.page_bytes <= most else least
+
+
+def _build(
+    geometry: CacheGeometry,
+    schedule: ScaleSchedule,
+    policy: Policy,
+    options: CacheOptions,
+    rows: int,
+    tokens: int,
+    page_size: int,
+    page_bytes: int | None,
+    weight_bytes: int | None,
+    workspace_limit: int,
+) -> Plan:
+    records = options.records
+    if records is not None and page_size > MOST_QUANTISED_TOKENS:
+        raise ValueError(
+            f"quantised pages hold at most {MOST_QUANTISED_TOKENS} tokens, got {page_size}"
+        )
+    if page_bytes is None:
+        exact = exact_page_size(geometry, records, page_size)
+        page_bytes = page_size * stored_bytes(geometry, records)
+    else:
+        exact = page_size
+        if records is not None:
+            widest = max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
+            exact = fitting_page_size(page_bytes // 2, widest * geometry.head_dim)
+    problem = Problem(geometry, schedule, tokens)
+    if schedule.history:
+        allocation = policy.allocate(problem)
+        check_allocation(allocation, problem)
+    else:  # a single scale caches nothing, whatever the budget
+        shape = (len(schedule), geometry.layers, geometry.heads)
+        allocation = Allocation(np.zeros(shape, dtype=np.int64))
+    quantised = _quantised(allocation, options, records, page_size, exact)
+    if weight_bytes is None:
+        weight_bytes = max(page_size, exact) * WEIGHT_BYTES if policy.needs.weights else 0
+    return Plan(
+        geometry=geometry,
+        schedule=schedule,
+        policy=policy,
+        budget_tokens=tokens,
+        rows=rows,
+        workspace_limit=workspace_limit,
+        tokens=allocation.tokens,
+        quantised=quantised,
+        records=records,
+        page_size=page_size,
+        exact_page_size=exact,
+        bytes_per_page=page_bytes,
+        weight_bytes_per_page=weight_bytes,
+        positions=Positions(policy, problem, allocation.tokens, quantised),
+    )
+
+
+def _quantised(
+    allocation: Allocation,
+    options: CacheOptions,
+    records: RecordFormat | None,
+    page_size: int,
+    exact: int,
+) -> NDArray[np.bool_]:
+    """Whether a layer's tokens are records after each scale, bool [scales, layers].
+
+    As asked by kv_start, else as the policy says, else from the first scale whose tokens, kept
+    exactly, would take more pages than the quantised cache ever does: until then nothing is gained.
+    """
+    scales, layers = allocation.tokens.shape[:2]
+    scale = np.arange(scales)[:, None]
+    start = options.kv_start
+    if start is not None and not 0 <= start < scales:
+        raise ValueError(f"kv_start must be a scale in 0..{scales - 1}, got {start}")
+    if records is None:
+        start = scales
+    elif start is None:
+        if allocation.quantised is not None:
+            return allocation.quantised
+        exact_pages = (-(-allocation.tokens // exact)).sum(axis=(1, 2))
+        beyond = exact_pages > (-(-allocation.tokens // page_size)).sum(axis=(1, 2)).max()
+        start = int(np.argmax(beyond)) if beyond.any() else scales
+    return np.broadcast_to(scale >= start, (scales, layers))
+
+
+def max_rows(plan: Plan, memory: int, reserved: int = 0) -> int:
+    """The most rows of such a generation whose pages and workspace fit in ``memory`` bytes less
+    ``reserved``, up to MAX_ROWS; 0 if none do.
+    """
+    fits, too_many = 0, MAX_ROWS + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if plan.for_rows(middle).total_bytes <= memory - reserved:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
+
+
+def require(plan: Plan, memory: int, reserved: int = 0) -> None:
+    """Raise WillNeverFit, with what to change, unless this plan fits."""
+    if plan.total_bytes > memory - reserved:
+        fits = max_rows(plan, memory, reserved)
+        advice = (
+            f"{fits} of {plan.rows} rows would fit"
+            if fits
+            else "not one row fits: lower the budget or the resolution"
+        )
+        raise WillNeverFit(plan.total_bytes, memory - reserved, advice)

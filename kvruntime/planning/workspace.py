@@ -1,0 +1,59 @@
+"""The memory that steps work in, made once and lent region by region."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvruntime.planning.regions import StepRegions, StepShape
+from policies import TORCH_DTYPES, Region, held_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepViews:
+    """Tensors of a step by phase and name."""
+
+    base: dict[str, Tensor]
+    read: dict[str, Tensor]
+    select: dict[str, Tensor]
+    commit: dict[str, Tensor]
+
+
+class Workspace:
+    """``num_bytes`` on a device. A step's views are made once for each shape of a step.
+
+    Phases share their bytes: what one phase leaves in its regions the next one overwrites.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # it outlives a caller's inference_mode
+            self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self._views: dict[StepShape, StepViews] = {}
+
+    def views(self, shape: StepShape, regions: StepRegions) -> StepViews:
+        """The regions of a step as tensors."""
+        if shape not in self._views:
+            start = held_bytes(regions.base)
+            with torch.inference_mode(False):
+                self._views[shape] = StepViews(
+                    base=self._carve(regions.base, 0),
+                    read=self._carve(regions.read, start),
+                    select=self._carve(regions.select, start),
+                    commit=self._carve(regions.commit, start),
+                )
+        return self._views[shape]
+
+    def _carve(self, regions: Iterable[Region], start: int) -> dict[str, Tensor]:
+        tensors = {}
+        for region in regions:
+            if region.by_torch:
+                continue
+            dtype = TORCH_DTYPES[region.dtype]
+            part = self.memory[start : start + region.num_bytes].view(dtype)
+            count = int(torch.Size(region.shape).numel())
+            tensors[region.name] = part[:count].view(region.shape)
+            start += region.num_bytes
+        return tensors

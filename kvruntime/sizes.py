@@ -1,0 +1,42 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+LARGEST = 2**30  # rows, or tokens in a page: beyond it is a slip of the hand
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{unit: 1024 ** (i + 1) for i, unit in enumerate(("KIB", "MIB", "GIB", "TIB"))},
+    **{unit: 1000 ** (i + 1) for i, unit in enumerate(("KB", "MB", "GB", "TB"))},
+}
+MOST_BYTES = 2**60
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of 80GiB, 512 MiB, 2GB or a plain number. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise ValueError(f"memory must be a size such as 80GiB or 512MiB, got {text[:40]!r}")
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if not 0 < size <= MOST_BYTES:
+        raise ValueError(f"memory must be positive and at most {MOST_BYTES} bytes, got {text!r}")
+    return size
+
+
+def parse_share(text: str) -> float | None:
+    """0.8 of "80%"; None for a text that is no percentage. Raises ValueError out of (0, 100]."""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", text)
+    if not match:
+        return None
+    share = float(match[1]) / 100
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"a percentage must be in (0, 100], got {text!r}")
+    return share
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a positive integer up to LARGEST."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
+        raise ValueError(f"{name} must be a positive integer up to 2^30, got {value!r}")

@@ -1,0 +1,1 @@
+"""One step of one layer: prepare, read, attend, select, commit."""

@@ -1,0 +1,74 @@
+"""Prepare: all that the host can work out about a step, changing nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allocator import BlockTable, Change
+from allocator.page_allocator import PageIds
+from kvruntime.planning.demand import Plan
+from kvruntime.planning.positions import KnownStep
+from kvruntime.planning.regions import Kind, StepShape
+from kvruntime.planning.workspace import StepViews, Workspace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A step of some rows before it runs.
+
+    ids: pages that hold the cached tokens, int32 [rows, heads, table].
+    before, after: tokens of each head, [heads].
+    change: what becomes of the pages.
+    """
+
+    scale: int
+    layer: int
+    rows: slice
+    shape: StepShape
+    views: StepViews
+    known: KnownStep
+    ids: PageIds
+    before: NDArray[np.int64]
+    after: NDArray[np.int64]
+    change: Change
+
+
+def prepare(
+    plan: Plan, table: BlockTable, scale: int, layer: int, rows: slice, workspace: Workspace
+) -> Prepared:
+    """Work the step out for these rows. Whole arrays only; O(pages of the rows)."""
+    shape = plan.shape(scale, layer, rows.stop - rows.start)
+    known = plan.positions.step(scale, layer)
+    before, after = plan.lengths_before(scale, layer), plan.tokens[scale, layer]
+    change = table.propose(
+        rows,
+        after,
+        shape.new_page_size,
+        _written_pages(shape, known),
+        afresh=shape.reads != shape.writes and shape.cached > 0,
+    )
+    return Prepared(
+        scale=scale,
+        layer=layer,
+        rows=rows,
+        shape=shape,
+        views=workspace.views(shape, plan.regions(shape)),
+        known=known,
+        ids=np.ascontiguousarray(table.pages[rows, :, : shape.table]),
+        before=before,
+        after=after,
+        change=change,
+    )
+
+
+def _written_pages(shape: StepShape, known: KnownStep) -> NDArray[np.bool_] | None:
+    """Pages of a lane that a shift writes into, bool [heads, pages]; None for all of them."""
+    if shape.kind is not Kind.SHIFT:
+        return None
+    assert known.shift is not None
+    written = np.zeros(shape.new_table, dtype=bool)
+    written[known.shift.targets // shape.new_page_size] = True
+    return np.broadcast_to(written, (shape.heads, shape.new_table))

@@ -1,0 +1,108 @@
+"""Read: cached tokens out of their pages, fresh ones behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvruntime.planning.regions import READ_TOKENS
+from kvruntime.step.prepare import Prepared
+from kvruntime.storage.pool import Pages
+from kvruntime.storage.records import dequantize
+from kvruntime.storage.transfer import wide
+from policies.scratch import part_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """What attention and selection look at: cached ++ fresh tokens of every lane.
+
+    keys, values: [rows, heads, candidates, head_dim].
+    log_weights: float32 [rows or 1, heads, 1, candidates], -inf where a shorter head holds no
+        token; None: nothing is added to the logits.
+    """
+
+    keys: Tensor
+    values: Tensor
+    log_weights: Tensor | None
+
+
+def page_ids(step: Prepared, uploaded: Tensor) -> Tensor:
+    """The pages that are read, int64 [rows, heads, table], as torch indexes with."""
+    return step.views.base["ids"].copy_(uploaded)
+
+
+def read_held(step: Prepared, pages: Pages, ids: Tensor, k: Tensor, v: Tensor) -> Held:
+    """Gather the lanes out of ``pages`` and put the fresh k and v [rows, n, heads, head_dim] behind
+    them.
+    """
+    shape, base, count = step.shape, step.views.base, step.shape.candidates
+    keys, values = base["keys"], base["values"]
+    for stored, into, fresh in ((pages.keys, keys, k), (pages.values, values, v)):
+        if shape.cached and pages.records is None:
+            gather(stored, ids, into)
+        elif shape.cached:
+            _gather_records(step, pages, stored, ids, into)
+        into[:, :, shape.cached : count].copy_(fresh.transpose(1, 2))
+    log_weights = _log_weights(step, pages, ids) if shape.has_bias else None
+    if shape.cached and shape.is_ragged:
+        hide = hidden(step, keys.device)
+        assert log_weights is not None
+        log_weights[:, :, 0, : shape.cached].masked_fill_(hide, -torch.inf)
+        for part in (keys, values):  # stale bits may be NaN, and 0 x NaN is NaN
+            part[:, :, : shape.cached].masked_fill_(hide.unsqueeze(-1), 0.0)
+    return Held(keys[:, :, :count], values[:, :, :count], log_weights)
+
+
+def gather(stored: Tensor, ids: Tensor, into: Tensor) -> None:
+    """Copy the pages ids [rows, heads, count] of [num_pages, page_size, width] whole to the front
+    of into [rows, heads, places, width].
+
+    What follows the tokens of a partly filled last page is whatever that page held before.
+    """
+    pages, places = wide(stored, into[:, :, : ids.shape[2] * stored.shape[1]])
+    if pages.is_contiguous():  # fewer and longer runs to index
+        pages = pages.flatten(1)
+    places = places.view(*ids.shape, *pages.shape[1:])
+    torch.ops.aten.index.Tensor_out(pages, [ids], out=places)
+
+
+def _gather_records(
+    step: Prepared, pages: Pages, stored: Tensor, ids: Tensor, into: Tensor
+) -> None:
+    """The same for records, which become numbers again, a slice of every lane at a time."""
+    assert pages.records is not None
+    rows, heads, table = ids.shape
+    scratch, size, cached = step.views.read, pages.page_size, step.shape.cached
+    lanes, count = into.flatten(0, 1), max(1, READ_TOKENS // size)
+    for first in range(0, table, count):
+        some = ids[:, :, first : first + count]
+        shape = (rows, heads, some.shape[2], size, stored.shape[2])
+        records = part_of(scratch["records"], *shape)
+        torch.ops.aten.index.Tensor_out(stored, [some], out=records)
+        start = first * size
+        end = min(cached, start + some.shape[2] * size)
+        by_lane = records.view(rows * heads, -1, stored.shape[2])[:, : end - start]
+        dequantize(by_lane, pages.records, lanes[:, start:end], scratch)
+
+
+def _log_weights(step: Prepared, pages: Pages, ids: Tensor) -> Tensor:
+    log_weights, cached = step.views.base["log_weights"], step.shape.cached
+    if not step.shape.weighted:
+        return log_weights.zero_()
+    assert pages.weights is not None
+    halves = step.views.read["halves"]
+    torch.ops.aten.index.Tensor_out(pages.weights[:, : pages.page_size], [ids], out=halves)
+    log_weights[:, :, 0, :cached].copy_(halves.flatten(2)[:, :, :cached])
+    log_weights[:, :, 0, cached:].zero_()
+    return log_weights
+
+
+def hidden(step: Prepared, device: torch.device) -> Tensor:
+    """Where a shorter head holds no token, bool [heads, cached]."""
+    return step.known.constant(
+        device, "hidden", lambda: np.arange(step.shape.cached) >= step.before[:, None]
+    )

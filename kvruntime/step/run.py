@@ -1,0 +1,141 @@
+"""A step from its first word to its last: prepare, read, attend, select, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from allocator import BlockTable
+from kvruntime.attention.base import Backend, Lanes
+from kvruntime.planning.demand import Plan
+from kvruntime.planning.regions import Kind
+from kvruntime.planning.workspace import Workspace
+from kvruntime.step import commit as store
+from kvruntime.step.choose import choose
+from kvruntime.step.fold import fold
+from kvruntime.step.prepare import Prepared, prepare
+from kvruntime.step.read import Held, page_ids, read_held
+from kvruntime.storage.pool import Pages, Pool
+from kvruntime.storage.transfer import upload
+from policies import Selection
+
+Observer = Callable[[int, int, int, Tensor, Tensor], None]
+"""Called after each step's attention with scale, layer, first row, queries [rows, n, heads,
+head_dim] and keys [rows, heads, cached + n, head_dim], once for each chunk of rows. Keys are a view
+of the workspace: copy what you keep."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runner:
+    """What the steps of a generation have in common."""
+
+    plan: Plan
+    pool: Pool
+    backend: Backend
+    softmax_scale: float
+    observer: Observer | None
+
+    def pages(self, quantised: bool) -> Pages:
+        """The pool's pages as tokens of this plan, or as records."""
+        return self.pool.view(self.plan.layout(quantised, self.pool.page_bytes))
+
+
+def run_step(
+    runner: Runner,
+    workspace: Workspace,
+    table: BlockTable,
+    scale: int,
+    layer: int,
+    rows: slice,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> tuple[Tensor, bool]:
+    """Attention [rows, n, heads, head_dim] of these rows, and whether it read the pages
+    themselves; then their lanes hold what the plan says.
+    """
+    plan, pool = runner.plan, runner.pool
+    step = prepare(plan, table, scale, layer, rows, workspace)
+
+    pages = runner.pages(plan.was_quantised(scale, layer)) if step.shape.cached else None
+    ids = None
+    if pages is not None:
+        ids = page_ids(step, upload(q.device, [step.ids])[0])
+    from_pages = pages is not None and runner.backend.reads_pages(
+        pages, q.shape[1], step.shape.is_ragged
+    )
+    held = _read(step, runner, pages, ids, k, v, from_pages)
+
+    if from_pages:
+        assert pages is not None and ids is not None
+        lanes = _lanes(runner, step, pages, ids)
+        out = runner.backend.attend_pages(q, k, v, lanes, runner.softmax_scale)
+    else:
+        out = runner.backend.attend(
+            q, held.keys, held.values, held.log_weights, runner.softmax_scale
+        )
+    if runner.observer is not None:
+        runner.observer(scale, layer, rows.start, q, held.keys)
+
+    selection = None
+    if step.shape.kind in (Kind.CHOOSE, Kind.FOLD):
+        selection = choose(plan, step, held, q, runner.softmax_scale)
+
+    writes = _writes(step, pages, ids, held, selection, k, v)
+    becomes = bool(plan.quantised[scale, layer])
+    store.commit(step, pool, table, runner.pages(becomes), writes, ids)
+    return out, from_pages
+
+
+def _read(
+    step: Prepared,
+    runner: Runner,
+    pages: Pages | None,
+    ids: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    from_pages: bool,
+) -> Held:
+    """Gathered candidates where anything looks at them; else the fresh ones as they came."""
+    looks = step.shape.needs_candidates or runner.observer is not None
+    if step.shape.gathers and (looks or not from_pages):
+        if pages is None or ids is None:
+            pages, ids = runner.pages(False), torch.empty(0, device=k.device)
+        return read_held(step, pages, ids, k, v)
+    return Held(k.transpose(1, 2), v.transpose(1, 2), None)
+
+
+def _lanes(runner: Runner, step: Prepared, pages: Pages, ids: Tensor) -> Lanes:
+    """What a back end that reads pages needs: tables of one width for all steps."""
+    shape = step.shape
+    width = runner.plan.longest_table(shape.reads is not None)
+    tables = ids.new_zeros(shape.rows * shape.heads, width)
+    tables[:, : shape.table] = ids.flatten(0, 1)
+    lengths = step.known.constant(
+        ids.device, "lengths", lambda: np.tile(step.before, shape.rows), shape.rows
+    )
+    return Lanes(pages, tables, lengths, shape.cached, shape.weighted)
+
+
+def _writes(
+    step: Prepared,
+    pages: Pages | None,
+    ids: Tensor | None,
+    held: Held,
+    selection: Selection | None,
+    k: Tensor,
+    v: Tensor,
+) -> store.Write:
+    """How the step stores what it keeps; whatever of that lies in pages is read now."""
+    if step.shape.kind is Kind.NOTHING:
+        return lambda pages, slots: None
+    if step.shape.kind is Kind.SHIFT:
+        return store.shift(step, pages, ids, k, v)
+    if step.shape.kind is Kind.FOLD:
+        assert selection is not None
+        return fold(step, held, selection)
+    return store.keep(step, pages, ids, held, selection)

@@ -1,0 +1,146 @@
+"""How a page's bytes are read: tokens as the model makes them, or quantised records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from policies import DTYPE_BYTES, CacheGeometry
+
+KV_DTYPES = {"int2": 2, "int4": 4, "int8": 8}  # bits
+GROUPS = (1, 2, 4, 8)
+WEIGHT_BYTES = 2  # a log weight is a float16
+MOST_QUANTISED_TOKENS = 1024  # in a page
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFormat:
+    """A quantised token: how many bits a value has, and how many groups share a step size and a
+    shift.
+    """
+
+    bits: int
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.bits not in KV_DTYPES.values():
+            raise ValueError(f"bits must be one of {sorted(KV_DTYPES.values())}, got {self.bits}")
+        if isinstance(self.groups, bool) or self.groups not in GROUPS:
+            raise ValueError(f"kv_groups must be one of {GROUPS}, got {self.groups!r}")
+
+    @classmethod
+    def named(cls, kv_dtype: str, groups: int) -> RecordFormat:
+        """The format of ``kv_dtype``: int2, int4 or int8. Raises ValueError for another name."""
+        if kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
+        return cls(KV_DTYPES[kv_dtype], groups)
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}"
+
+    def words(self, head_dim: int) -> int:
+        """int32 numbers in a record. Raises ValueError unless every group fills whole ones."""
+        per_group, rest = divmod(head_dim * self.bits, 32 * self.groups)
+        if rest or not per_group:
+            raise ValueError(
+                f"{self.name} with {self.groups} groups needs a head dimension that is a multiple "
+                f"of {32 // self.bits * self.groups}, got {head_dim}: take fewer groups"
+            )
+        return self.groups * (1 + per_group)
+
+    def num_bytes(self, head_dim: int) -> int:
+        """Bytes of a record of one token's K or V."""
+        return 4 * self.words(head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """Tokens in the bytes of a page: K in one half, V in the other, at equal distances.
+
+    page_size: tokens in a page. half_bytes: bytes of a page's K, and of its V.
+    records: None for tokens of ``dtype``. head_dim: numbers of a token's K or V.
+
+    Always: page_size * stride_bytes == half_bytes, and stride_bytes holds a token.
+    """
+
+    page_size: int
+    half_bytes: int
+    head_dim: int
+    dtype: str
+    records: RecordFormat | None = None
+
+    def __post_init__(self) -> None:
+        if self.half_bytes % (self.page_size * self.unit_bytes):
+            raise ValueError(
+                f"half a page, {self.half_bytes} bytes, is no whole number of bytes for each of "
+                f"{self.page_size} tokens"
+            )
+        if self.stride_bytes < self.token_bytes:
+            raise ValueError(
+                f"{self.page_size} tokens of {self.token_bytes} bytes do not fit half a page, "
+                f"{self.half_bytes} bytes: take a smaller page_size or larger pages"
+            )
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one of the numbers that a token is stored as."""
+        return 4 if self.records else DTYPE_BYTES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's K, or V."""
+        if self.records is None:
+            return self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.records.num_bytes(self.head_dim)
+
+    @property
+    def width(self) -> int:
+        """Numbers of one token's K or V as it is stored: of ``dtype``, or int32."""
+        return self.head_dim if self.records is None else self.records.words(self.head_dim)
+
+    @property
+    def stride_bytes(self) -> int:
+        """Bytes from one token's K to the next."""
+        return self.half_bytes // self.page_size
+
+
+def stored_bytes(geometry: CacheGeometry, records: RecordFormat | None) -> int:
+    """Bytes of a token of one lane in a page, K and V, once it is quantised (if it ever is)."""
+    return 2 * records.num_bytes(geometry.head_dim) if records else geometry.token_bytes
+
+
+def exact_page_size(geometry: CacheGeometry, records: RecordFormat | None, page_size: int) -> int:
+    """Exact tokens that fit the bytes of ``page_size`` records, at equal distances.
+
+    As many as there is room for; a multiple of 16, which the paged kernel can read, where 16 fit.
+    Raises ValueError for a page that is too small for one exact token.
+    """
+    if records is None:
+        return page_size
+    unit = max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
+    half = page_size * records.num_bytes(geometry.head_dim)
+    count = half // (unit * geometry.head_dim)
+    while count and (half % (count * unit) or (count > 16 and count % 16)):
+        count -= 1
+    if not count:
+        raise ValueError(
+            f"page_size {page_size} is too small: its {half} bytes of {records.name} records hold "
+            f"no {geometry.key_dtype} token of {unit * geometry.head_dim}, and tokens are exact at "
+            "first"
+        )
+    return count
+
+
+def fitting_page_size(half_bytes: int, token_bytes: int) -> int:
+    """Most tokens, a power of two, that fit half a page at equal distances of a multiple of 4
+    bytes. Raises ValueError if not one does.
+    """
+    if token_bytes > half_bytes:
+        raise ValueError(
+            f"a token's K takes {token_bytes} bytes, half a page of this pool {half_bytes}: make "
+            f"the pool's pages at least {2 * token_bytes} bytes"
+        )
+    size = 1
+    while 2 * size * token_bytes <= half_bytes and half_bytes % (8 * size) == 0:
+        size *= 2
+    return size

@@ -1,0 +1,60 @@
+"""How much memory is free: NVML's and torch's word for a GPU, psutil's and the cgroup's for a
+host.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUPS = (  # (limit, in use), version 2 and version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free on the device: by its driver (NVML where it answers, else torch), or by the
+    host's system, within the limit of the control group.
+    """
+    if device.type == "cuda":
+        told = _nvml_free_bytes(device)
+        return int(torch.cuda.mem_get_info(device)[0]) if told is None else told
+    free = int(psutil.virtual_memory().available)
+    for limit, in_use in _CGROUPS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(in_use).read_text()))
+        except (OSError, ValueError):  # no such version, or "max"
+            continue
+    return max(0, free)
+
+
+def _nvml_free_bytes(device: torch.device) -> int | None:
+    """None where NVML does not answer for this GPU."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # not installed, or no driver: torch is asked then
+        return None
+    try:
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+        return int(memory.free)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed for want of memory, and not for anything else."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

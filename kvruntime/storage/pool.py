@@ -1,0 +1,274 @@
+"""The bytes that pages are runs of, shared by any number of generations; who owns which page."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allocator import BlockTable, OutOfPages, PageAllocator
+from kvruntime.errors import WillNeverFit
+from kvruntime.sizes import check_positive, parse_bytes, parse_share
+from kvruntime.storage.layout import PageLayout, RecordFormat
+from kvruntime.storage.memory import free_bytes, is_out_of_memory
+from kvruntime.storage.transfer import wide
+from policies import TORCH_DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """live_pages + free_pages == num_pages; peak_pages: most that were ever live at once."""
+
+    num_pages: int
+    live_pages: int
+    free_pages: int
+    reserved_pages: int
+    peak_pages: int
+    pool_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pages:
+    """A pool's bytes seen through a layout.
+
+    keys, values: [num_pages, page_size, width], tokens or records. weights: float16 [num_pages,
+        tokens], log weights, at least page_size of a page; None in a pool without weights.
+    """
+
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None
+    records: RecordFormat | None
+
+    @property
+    def page_size(self) -> int:
+        return int(self.keys.shape[1])
+
+
+class Pool:
+    """One run of bytes in equally large pages, for any number of generations of any geometry whose
+    tokens fit a page.
+
+    memory: bytes to take, a number, "2GiB", or "80%" of what is free on the device. num_pages:
+    the number of pages instead. page_bytes: bytes of a page, K and V; ``PagedKVCache.page_bytes``
+    says what a cache would choose. weight_bytes: further bytes of a page for log weights,
+    ``PagedKVCache.weight_bytes``; 0 serves policies that never fold.
+
+    Always: what open generations own is live in the allocator; reserved_pages is the sum of what
+    they may own at most, and never exceeds num_pages. A change of owners that was interrupted is
+    found by its mark and mended by the next one, from the block tables of the open generations.
+    One generation belongs to one thread at a time; different ones may be in different threads.
+    """
+
+    def __init__(
+        self,
+        memory: int | str | None = None,
+        *,
+        num_pages: int | None = None,
+        page_bytes: int,
+        weight_bytes: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_positive("page_bytes", page_bytes)
+        if page_bytes % 4:
+            raise ValueError(f"page_bytes must be a multiple of 4, got {page_bytes}")
+        if isinstance(weight_bytes, bool) or not isinstance(weight_bytes, int) or weight_bytes < 0:
+            raise ValueError(f"weight_bytes must be a number of bytes, got {weight_bytes!r}")
+        if (memory is None) == (num_pages is None):
+            raise ValueError("give either memory or num_pages")
+        self.device = real_device(device)
+        self.page_bytes, self.weight_bytes = page_bytes, weight_bytes
+        if num_pages is None:
+            num_pages = self._pages_in(memory)
+        check_positive("num_pages", num_pages)
+        self.num_pages = num_pages
+        shapes = (page_bytes // 2, page_bytes // 2, weight_bytes)
+        try:
+            with torch.inference_mode(False):  # they outlive a caller's inference_mode
+                self.keys, self.values, self.weights = (
+                    torch.empty((num_pages, size), dtype=torch.uint8, device=self.device)
+                    for size in shapes
+                )
+            self.allocator = PageAllocator(num_pages)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = "that much is free on the device: draw fewer at once or lower the budget"
+            raise WillNeverFit(self.num_bytes, free_bytes(self.device), advice) from error
+        self._lock = threading.RLock()
+        self._tables: weakref.WeakKeyDictionary[object, list[BlockTable]]
+        self._tables = weakref.WeakKeyDictionary()
+        self._reserved: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._is_changing = self._has_lost = False
+        self._stream: object = None
+        self._event: torch.cuda.Event | None = None
+        self._views: dict[PageLayout, Pages] = {}
+
+    def _pages_in(self, memory: int | str | None) -> int:
+        each = self.page_bytes + self.weight_bytes
+        share = parse_share(memory) if isinstance(memory, str) else None
+        if share is not None:
+            size = int(share * free_bytes(self.device))
+        elif isinstance(memory, str):
+            size = parse_bytes(memory)
+        elif isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
+            raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
+        else:
+            size = memory
+        if size < each:
+            raise ValueError(f"{size} bytes of memory hold no page of {each} bytes")
+        return size // each
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_pages * (self.page_bytes + self.weight_bytes)
+
+    @property
+    def stats(self) -> PoolStats:
+        with self.changing():
+            pages = self.allocator
+            return PoolStats(
+                self.num_pages,
+                pages.num_live,
+                pages.num_free,
+                sum(self._reserved.values()),
+                pages.high_water,
+                self.num_bytes,
+            )
+
+    def view(self, layout: PageLayout) -> Pages:
+        """The pages read through a layout, which must have been made for this pool's pages."""
+        if layout not in self._views:
+            dtype = torch.int32 if layout.records else TORCH_DTYPES[layout.dtype]
+            with torch.inference_mode(False):
+                keys, values = (
+                    half.view(-1, layout.page_size, layout.stride_bytes).view(dtype)[
+                        :, :, : layout.width
+                    ]
+                    for half in (self.keys, self.values)
+                )
+                weights = self.weights.view(torch.float16) if self.weight_bytes else None
+            self._views[layout] = Pages(keys, values, weights, layout.records)
+        return self._views[layout]
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """For whoever changes owners: no other thread does meanwhile, and if it ends early, by an
+        error or an interrupt, or did before, the allocator is rebuilt from the block tables.
+        """
+        with self._lock:
+            if self._is_changing or self._has_lost:
+                self._mend()
+            self._is_changing = True
+            yield
+            self._is_changing = False
+
+    def _mend(self) -> None:
+        self._has_lost = False
+        tables = [table for group in list(self._tables.values()) for table in group]
+        self.allocator.rebuild(table.owned() for table in tables)
+        self._is_changing = False
+
+    def admit(self, owner: object, tables: list[BlockTable], pages: int) -> None:
+        """Let ``owner`` hold up to ``pages`` pages in ``tables``, until it is dismissed or gone.
+
+        Raises WillNeverFit, or OutOfPages if others' reservations leave too few.
+        """
+        with self.changing():
+            if pages > self.num_pages:
+                each = self.page_bytes + self.weight_bytes
+                raise WillNeverFit(
+                    pages * each, self.num_bytes, "lower the budget or make the pool larger"
+                )
+            free = self.num_pages - sum(self._reserved.values())
+            if pages > free:
+                raise OutOfPages(pages, free, self.num_pages)
+            if not self._tables:
+                self.allocator.reset_high_water()
+            self._tables[owner] = tables
+            self._reserved[owner] = pages
+            weakref.finalize(owner, self._mark_lost, tables).atexit = False
+
+    def reserve(self, owner: object, pages: int) -> None:
+        """Lower what an admitted owner may hold."""
+        self._reserved[owner] = pages
+
+    def dismiss(self, owner: object) -> None:
+        """Take back every page of an owner. Twice is allowed."""
+        with self.changing():
+            for table in self._tables.get(owner, []):
+                table.release()
+            self._tables.pop(owner, None)  # last: until then an interrupt can be mended
+            self._reserved.pop(owner, None)
+
+    def _mark_lost(self, tables: list[BlockTable]) -> None:
+        """An owner went without being dismissed: its pages are found when somebody asks next."""
+        if any(table.num_pages.any() for table in tables):
+            self._has_lost = True
+
+    def wait_for_reads(self) -> None:
+        """On CUDA: before pages that another stream read last are written on this one."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            if self._event is not None and stream != self._stream:
+                stream.wait_event(self._event)
+
+    def note_reads(self) -> None:
+        """On CUDA: remember how far this stream has read and written."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            if self._event is None:
+                self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(stream)
+            self._stream = stream
+
+    def copy_pages(self, old: Tensor, new: Tensor) -> None:
+        """Copy whole pages, so that a shared one can be written."""
+        for part in (self.keys, self.values, self.weights):
+            part[new] = part[old]
+
+    def check(self) -> None:
+        """Assert every invariant. O(num_pages); for tests and idle points."""
+        with self.changing():
+            self.allocator.check()
+            tables = [table for group in list(self._tables.values()) for table in group]
+            for table in tables:
+                table.check()
+            owned = sum(int(table.num_pages.sum()) for table in tables)
+            extra = self.allocator._extra_references
+            assert owned == self.allocator.num_live + extra, "a page without an owner"
+            assert sum(self._reserved.values()) <= self.num_pages, "more reserved than there is"
+
+
+def real_device(device: torch.device | str) -> torch.device:
+    """The device with its index. Raises ValueError for CUDA where torch has none."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch sees no CUDA device here, use device='cpu'")
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+
+
+def read(pages: Tensor, slots: Tensor, out: Tensor) -> None:
+    """Tokens or records at these slots of pages [num_pages, page_size, width] into out
+    [*slots.shape, width].
+    """
+    source, target = wide(pages, out)
+    torch.ops.aten.index.Tensor_out(flat(source), [slots], out=target)
+
+
+def write(pages: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Put new [*slots.shape, width] at these slots of pages [num_pages, page_size, width]."""
+    target, source = wide(pages, new)
+    flat(target)[slots] = source
+
+
+def flat(pages: Tensor) -> Tensor:
+    """The same places in one row, [num_pages * page_size, width]; never a copy."""
+    return pages.view(pages.shape[0] * pages.shape[1], pages.shape[2])

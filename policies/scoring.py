@@ -1,0 +1,148 @@
+"""How much attention the candidates get from a few queries of the newest scale, and the best of
+them; in float32, in tensors that the workspace lends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from policies.base import Candidates, StepSizes
+from policies.schedule import Lengths
+from policies.scratch import Region, part_of
+
+BLOCK = 256  # candidates that are turned into float32, or compared with centroids, at a time
+
+
+def patch_centres(size: tuple[int, ...], grid: int) -> NDArray[np.int64]:
+    """Token numbers of the centres of a grid x grid split of a scale; fewer if the scale is
+    smaller.
+
+    A (t, h, w) scale is read as t * h lines of w.
+    """
+    height, width = int(np.prod(size[:-1])), size[-1]
+
+    def centres(side: int) -> NDArray[np.int64]:
+        return np.unique(np.maximum(0, ((2 * np.arange(grid) + 1) * side - grid) // (2 * grid)))
+
+    return (centres(height)[:, None] * width + centres(width)).ravel()
+
+
+@lru_cache(maxsize=64)
+def centres_on(size: tuple[int, ...], grid: int, device: torch.device) -> Tensor:
+    """patch_centres on the device, copied there once and not in every step."""
+    with torch.inference_mode(False):  # they outlive a caller's inference_mode
+        return torch.from_numpy(patch_centres(size, grid)).to(device)
+
+
+def block_scratch(sizes: StepSizes) -> list[Region]:
+    """What ``float32_blocks`` works in."""
+    if sizes.dtype == "float32":
+        return []
+    block = min(BLOCK, sizes.candidates)
+    return [Region("block", (sizes.rows * sizes.heads, block, sizes.head_dim), "float32")]
+
+
+def float32_blocks(
+    tokens: Tensor, scratch: Mapping[str, Tensor], size: int = BLOCK
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, end, tokens [lanes, end - start, head_dim] in float32) over [rows, heads, n,
+    head_dim], ``size`` (at most BLOCK) at a time; a view where the tokens are float32 already.
+    """
+    lanes = tokens.flatten(0, 1)
+    for start in range(0, lanes.shape[1], size):
+        end = min(start + size, lanes.shape[1])
+        part = lanes[:, start:end]
+        if part.dtype != torch.float32:
+            part = part_of(scratch["block"], *part.shape).copy_(part)
+        yield start, end, part
+
+
+def attention_scratch(sizes: StepSizes, queries: int) -> list[Region]:
+    """What ``attention_received`` works in."""
+    lanes, candidates = sizes.rows * sizes.heads, sizes.candidates
+    block = min(BLOCK, candidates)
+    return [
+        *block_scratch(sizes),
+        Region("window", (lanes, queries, sizes.head_dim), "float32"),
+        Region("picked", (sizes.rows, queries, sizes.heads, sizes.head_dim), sizes.dtype),
+        Region("logits", (lanes, queries, block), "float32"),
+        Region("weights", (lanes, queries, candidates), "float32"),
+        Region("sums", (2, lanes, queries), "float32"),
+        Region("scores", (lanes, candidates), "float32"),
+        Region("torch: missing", (lanes, candidates), "bool", by_torch=True),
+    ]
+
+
+def attention_received(candidates: Candidates, centres: Tensor) -> Tensor:
+    """Softmax attention of the queries at ``centres``, summed over them: [rows, heads,
+    candidates], in scratch "scores". A candidate's log weight counts; one that is not there gets
+    -1.
+    """
+    scratch, keys = candidates.scratch, candidates.keys
+    rows, heads, count, head_dim = keys.shape
+    lanes, queries = rows * heads, centres.numel()
+    picked = part_of(scratch["picked"], rows, queries, heads, head_dim)
+    torch.index_select(candidates.queries, 1, centres, out=picked)
+    window = part_of(scratch["window"], lanes, queries, head_dim)
+    window.view(rows, heads, queries, head_dim).copy_(picked.transpose(1, 2))
+    window.mul_(candidates.softmax_scale)
+    weights = part_of(scratch["weights"], lanes, queries, count)
+    for start, end, block in float32_blocks(keys, scratch):
+        logits = part_of(scratch["logits"], lanes, queries, end - start)
+        weights[:, :, start:end] = torch.bmm(window, block.transpose(1, 2), out=logits)
+    if candidates.log_weights is not None:
+        weights.view(rows, heads, queries, count).add_(candidates.log_weights)
+    most, total = (part_of(part, lanes, queries, 1) for part in scratch["sums"])
+    torch.amax(weights, dim=-1, keepdim=True, out=most)
+    weights.sub_(most).exp_()
+    torch.sum(weights, dim=-1, keepdim=True, out=total)
+    scores = part_of(scratch["scores"], lanes, 1, count)
+    torch.bmm(total.reciprocal_().transpose(1, 2), weights, out=scores)
+    scores = scores.view(rows, heads, count)
+    if candidates.log_weights is not None:
+        scores.masked_fill_(candidates.log_weights.squeeze(2).isneginf(), -1.0)
+    return scores
+
+
+def best_scratch(sizes: StepSizes) -> list[Region]:
+    """What ``best`` works in."""
+    shape = (sizes.rows, sizes.heads, sizes.kept)
+    return [
+        Region("best_scores", shape, "float32"),
+        Region("best_places", shape, "int64"),
+        Region("best_sorted", shape, "int64"),
+        Region("best_order", shape, "int64"),
+        Region("torch: sort", shape, "int64", by_torch=True),
+    ]
+
+
+def best(scores: Tensor, keep: Lengths, scratch: Mapping[str, Tensor]) -> Tensor:
+    """Places of each head's ``keep`` highest scores [rows, heads, candidates], ascending: int64
+    [rows, heads, m]. Heads that keep fewer than others have theirs first.
+    """
+    rows, heads, count = scores.shape
+    most = int(keep.max())
+    shape = (rows, heads, most)
+    is_even = bool((keep == most).all())
+    found = part_of(scratch["best_scores"], *shape), part_of(scratch["best_places"], *shape)
+    torch.topk(scores, most, dim=-1, sorted=not is_even, out=found)
+    places = found[1]
+    if not is_even:
+        places.masked_fill_(beyond(tuple(keep.tolist()), places.device), count)
+    ordered = part_of(scratch["best_sorted"], *shape), part_of(scratch["best_order"], *shape)
+    torch.sort(places, dim=-1, out=ordered)
+    return ordered[0]
+
+
+@lru_cache(maxsize=4096)
+def beyond(keep: tuple[int, ...], device: torch.device) -> Tensor:
+    """Places of [heads, max(keep)] that a head does not use, bool, on the device."""
+    with torch.inference_mode(False):
+        most = torch.arange(max(keep), device="cpu")
+        return (most >= torch.tensor(keep, device="cpu")[:, None]).to(device)
