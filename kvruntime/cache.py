@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from kvruntime.attention import choose_backend
-from kvruntime.generation import Generation, Workspaces
+from kvruntime.generation import Generation
 from kvruntime.options import CacheOptions, check_softmax_scale
 from kvruntime.planning import WORKSPACE_LIMIT, Plan, choose_policy, make_plan, require
+from kvruntime.planning.workspace import Workspaces
 from kvruntime.step.run import Observer, Runner
 from kvruntime.storage.memory import free_bytes
 from kvruntime.storage.pool import Pool, real_device

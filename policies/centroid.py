@@ -130,7 +130,7 @@ def _compare(
     before: ``nearest`` its number, counted from ``number``; ``closest`` key . seed - |seed|^2 / 2;
     ``misfit`` the squared distance from it.
     """
-    heads, head_dim = keys.shape[1], keys.shape[3]
+    heads = keys.shape[1]
     lanes, most = seeds.shape
     chosen = _seed_keys(keys, seeds, scratch)
     halves = part_of(scratch["halves"], lanes, 1, most)

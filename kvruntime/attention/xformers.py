@@ -1,46 +1,35 @@
 """xformers' memory-efficient attention: its paged Triton kernel over the pool's pages.
 
-The only module that imports xformers, and the only one tied to its version (0.0.35): the bias
-objects are built from tensors that are on the device already, past their own constructors, which
-take a Python list of rows.
-
-A lane is a row of the kernel's batch with one head. Under TRITON_INTERPRET=1, set before the first
-import of triton, the same kernel runs on a CPU, slowly, in float16: that is how it is tested.
+A lane is a row of the kernel's batch with one head.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
 
 import torch
 import triton
 from torch import Tensor
 
 from kvruntime.attention.base import TESTED_VERSIONS, Lanes, last_line
+from kvruntime.attention.operators import (
+    BLOCKS,
+    IS_INTERPRETED,
+    block_of,
+    fmha,
+    operator,
+    operator_for_gathered,
+    paged_bias,
+    spread,
+    with_bias,
+)
 from kvruntime.planning.demand import Plan
 from kvruntime.storage.layout import RecordFormat
 from kvruntime.storage.pool import Pages, flat
 from kvruntime.storage.records import quantize
 
-with warnings.catch_warnings():  # deprecations between xformers and triton
-    warnings.simplefilter("ignore")
-    from xformers.ops import fmha
-    from xformers.ops.fmha import triton_splitk
-    from xformers.ops.fmha._triton import splitk_kernels
-    from xformers.ops.fmha.attn_bias import (
-        PagedBlockDiagonalPaddedKeysMask,
-        _PaddedSeqLenInfo,
-        _SeqLenInfo,
-    )
-
-warnings.filterwarnings("ignore", message="tl.make_block_ptr is deprecated")
-IS_INTERPRETED = type(splitk_kernels._splitK_reduce).__name__ == "InterpretedFunction"
-_BLOCKS = (64, 32, 16)  # keys the kernel takes at a time
 _LEAST_GROUP = 16  # numbers of a group: less is too short for a matrix product on the device
-_MOST_PROGRAMS = 1024  # of the kernel at once, by splitting keys; several for each processor
 _MOST_SLOTS = 2**31  # the kernel numbers slots in int32
 
 
@@ -57,12 +46,12 @@ class XFormers:
         self, device: torch.device, dtype: torch.dtype, head_dim: int, paged_queries: int
     ) -> None:
         self._paged_queries = paged_queries
-        self._gathered_op = _operator_for_gathered(device, dtype, head_dim, None)
-        bias = _spread(torch.zeros(1, 1, 1, 16, dtype=dtype, device=device), 1, 16)
-        self._biased_op = _operator_for_gathered(device, dtype, head_dim, bias)
+        self._gathered_op = operator_for_gathered(device, dtype, head_dim, None)
+        bias = spread(torch.zeros(1, 1, 1, 16, dtype=dtype, device=device), 1, 16)
+        self._biased_op = operator_for_gathered(device, dtype, head_dim, bias)
 
     @property
-    def gathered_operator(self) -> str:
+    def gatheredoperator(self) -> str:
         """xformers' name of what attends to gathered tokens."""
         return str(self._gathered_op.NAME)
 
@@ -85,7 +74,7 @@ class XFormers:
         op, added = self._gathered_op, None
         if bias is not None:
             op = self._biased_op
-            added = _spread(bias.to(q.dtype), q.shape[0], q.shape[1])
+            added = spread(bias.to(q.dtype), q.shape[0], q.shape[1])
         with _on_device_of(q):
             out: Tensor = fmha.memory_efficient_attention_forward(
                 q, k, v, added, scale=softmax_scale, op=op
@@ -98,10 +87,10 @@ class XFormers:
         rows, n, heads, head_dim = q.shape
         pages = cached.pages
         groups = pages.records.groups if pages.records else 1
-        op = _operator(_block(pages.page_size), groups)
+        op = operator(block_of(pages.page_size), groups)
         if cached.weighted:
-            op = _with_bias(op, _page_bias(cached))
-        bias = _paged_bias(n, cached.tables, cached.lengths, cached.longest, pages.page_size)
+            op = with_bias(op, _page_bias(cached))
+        bias = paged_bias(n, cached.tables, cached.lengths, cached.longest, pages.page_size)
         queries = q.transpose(1, 2).reshape(1, -1, 1, head_dim)
         k_pages, v_pages = (
             flat(part).view(1, -1, 1, part.shape[2]) for part in (pages.keys, pages.values)
@@ -111,7 +100,7 @@ class XFormers:
                 queries, k_pages, v_pages, bias, scale=softmax_scale, op=op
             )
             fresh, fresh_lse = fmha.memory_efficient_attention_partial(
-                q, k, v, scale=softmax_scale, op=_operator(_BLOCKS[0], 1)
+                q, k, v, scale=softmax_scale, op=operator(BLOCKS[0], 1)
             )
         old_lse = old_lse.view(rows, heads, n)
         share = torch.sigmoid(fresh_lse - old_lse).float().unsqueeze(-1)
@@ -126,24 +115,14 @@ def _page_bias(cached: Lanes) -> Tensor:
     return weights[:, : cached.pages.page_size][cached.tables].flatten(1).float()
 
 
-def _spread(bias: Tensor, rows: int, n: int) -> Tensor:
-    """A bias [rows or 1, heads, 1, tokens] as the operators want it, [rows, heads, n, tokens] on a
-    multiple of 8 tokens; a view with distance 0 over the queries.
-    """
-    tokens = bias.shape[3]
-    padded = bias.new_zeros(rows, bias.shape[1], 1, -(-tokens // 8) * 8)
-    padded[..., :tokens] = bias
-    return padded[..., :tokens].expand(-1, -1, n, -1)
-
-
 def unreadable(
     page_size: int, token_bytes: int, head_dim: int, records: RecordFormat | None
 ) -> str:
     """Why the kernel cannot read pages of such a format; empty if it can. token_bytes: from one
     token to the next.
     """
-    if page_size % _BLOCKS[-1]:
-        return f"pages of {page_size} tokens, not a multiple of {_BLOCKS[-1]}"
+    if page_size % BLOCKS[-1]:
+        return f"pages of {page_size} tokens, not a multiple of {BLOCKS[-1]}"
     if records is None:
         return "" if token_bytes % 16 == 0 else f"tokens {token_bytes} bytes apart"
     if records.bits != 4:
@@ -157,9 +136,9 @@ def reasons_against(device: torch.device, dtype: torch.dtype, plan: Plan) -> lis
     head_dim = plan.geometry.head_dim
     lanes = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
     ints = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    bias = _paged_bias(16, ints, ints[0], 16, 16)
+    bias = paged_bias(16, ints, ints[0], 16, 16)
     inputs = fmha.Inputs(lanes, lanes, lanes, bias, scale=1.0, is_partial=True)
-    reasons: list[str] = list(_operator(16, 1).not_supported_reasons(inputs))
+    reasons: list[str] = list(operator(16, 1).not_supported_reasons(inputs))
     if not reasons:
         reasons += _broken(device, dtype, head_dim, plan.records)
     return reasons
@@ -172,14 +151,14 @@ def operators(device: torch.device) -> dict[str, list[str]]:
     tokens = torch.empty(1, 16, 1, 128, dtype=torch.bfloat16, device=device)
     ints = torch.zeros(1, 1, dtype=torch.int64, device=device)
     gathered = fmha.Inputs(tokens, tokens, tokens, None, scale=1.0)
-    bias = _paged_bias(16, ints, ints[0], 16, 16)
+    bias = paged_bias(16, ints, ints[0], 16, 16)
     paged = fmha.Inputs(tokens, tokens, tokens, bias, scale=1.0, is_partial=True)
     found = {}
     for name in ("flash3", "flash", "cutlass", "cutlass_blackwell", "ck", "triton_splitk"):
         module = getattr(fmha, name, None)
         if module is not None:
             found[f"{module.FwOp.NAME}, gathered"] = module.FwOp.not_supported_reasons(gathered)
-    found["triton_splitK, pages"] = _operator(16, 1).not_supported_reasons(paged)
+    found["triton_splitK, pages"] = operator(16, 1).not_supported_reasons(paged)
     return found
 
 
@@ -209,116 +188,9 @@ def _broken(
     return []
 
 
-def _operator_for_gathered(
-    device: torch.device, dtype: torch.dtype, head_dim: int, bias: Tensor | None
-) -> Any:
-    """What xformers would choose for tokens with such a bias, or none; the paged kernel's operator,
-    which can do that too, where none of the others runs.
-    """
-    if device.type == "cuda":
-        tokens = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
-        inputs = fmha.Inputs(tokens, tokens, tokens, bias, scale=1.0)
-        for operator in fmha.dispatch._dispatch_fw_priority_list(inputs, False):
-            if not operator.not_supported_reasons(inputs):
-                return operator
-    return _operator(_BLOCKS[0], 1)
-
-
-@functools.cache
-def _operator(block: int, groups: int) -> Any:
-    """xformers' operator for pages that are a multiple of ``block`` tokens, and so many groups."""
-    kernel = splitk_kernels._get_splitk_kernel(groups)  # it would be made again at every call
-
-    class PagedOperator(triton_splitk.FwOp):  # type: ignore[misc]
-        NAME = f"triton_splitK, blocks of {block}"
-        SUPPORTED_DEVICES: ClassVar = {"cuda", "cpu"} if IS_INTERPRETED else {"cuda"}
-        BLOCK_N = block
-        NUM_GROUPS = groups
-
-        @classmethod
-        def get_kernel(cls) -> Any:
-            return kernel
-
-        @classmethod
-        def get_split_k(
-            cls, B: int, G: int, H: int, Mk: int, Mq: int, page_size: int, is_paged: bool = False
-        ) -> int:
-            """xformers' number of splits, but not more than fill a GPU: each one keeps a float32
-            result of all queries.
-            """
-            splits: int = super().get_split_k(B, G, H, Mk, Mq, page_size, is_paged)
-            programs = -(-Mq * (1 if is_paged else B * G * H) // int(cls.BLOCK_M))
-            return max(1, min(splits, _MOST_PROGRAMS // max(1, programs)))
-
-        @classmethod
-        def not_supported_reasons(cls, inputs: Any) -> list[str]:
-            """Without the complaint that xformers' C++ library is missing, which this operator does
-            not use: a torch of another CUDA version cannot load it.
-            """
-            reasons = super().not_supported_reasons(inputs)
-            return [reason for reason in reasons if "build with CUDA" not in reason]
-
-    return PagedOperator
-
-
-def _with_bias(operator: Any, bias: Tensor) -> Any:
-    """The operator for one call, whose kernel adds bias [lanes, places] to the logits of each
-    lane, the same for all queries. The kernel can; xformers passes it none for pages.
-    """
-    kernel = operator.get_kernel()
-
-    class Launcher:
-        def __getitem__(self, grid: Any) -> Any:
-            launch = kernel[grid]
-
-            def call(**arguments: Any) -> Any:
-                arguments |= {
-                    "additive_bias": bias,
-                    "HAS_ADDITIVE_BIAS": True,
-                    "stride_bias_b": bias.stride(0),
-                    "stride_bias_g": 0,
-                    "stride_bias_h": 0,
-                    "stride_bias_qm": 0,
-                    "stride_bias_km": bias.stride(1),
-                }
-                return launch(**arguments)
-
-            return call
-
-    class BiasedOperator(operator):  # type: ignore[misc]
-        @classmethod
-        def get_kernel(cls) -> Any:
-            return Launcher()
-
-    return BiasedOperator
-
-
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device, whatever device the tensors are on."""
     return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
 
 
-def _block(page_size: int) -> int:
-    return next(block for block in _BLOCKS if page_size % block == 0)
-
-
-def _paged_bias(n: int, tables: Tensor, lengths: Tensor, longest: int, page_size: int) -> Any:
-    """n queries for each lane of ``tables``. Nothing is read back from the device, and nothing
-    depends on the number of lanes but sizes.
-    """
-    lanes, width = tables.shape
-    starts = torch.arange(0, lanes * n + 1, n, dtype=torch.int32, device=tables.device)
-    queries = _SeqLenInfo(
-        seqstart=starts, max_seqlen=n, min_seqlen=n, seqstart_py=range(0, lanes * n + 1, n)
-    )
-    places = width * page_size
-    keys = _PaddedSeqLenInfo(
-        seqstart=starts,  # of the padded lanes; the paged kernel goes by the tables
-        max_seqlen=longest,
-        min_seqlen=0,
-        seqstart_py=range(0, lanes * places + 1, places),
-        seqlen=lengths,
-        seqlen_py=range(lanes),
-        padding=places,
-    )
-    return PagedBlockDiagonalPaddedKeysMask(queries, keys, tables, page_size)
+__all__ = ["IS_INTERPRETED", "XFormers", "operators", "reasons_against", "unreadable"]

@@ -57,3 +57,33 @@ class Workspace:
             tensors[region.name] = part[:count].view(region.shape)
             start += region.num_bytes
         return tensors
+
+
+class Workspaces:
+    """Workspaces of one cache: as many as steps run at the same time, in threads of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._idle: list[Workspace] = []
+
+    def borrow(self, num_bytes: int) -> Workspace:
+        """One of at least so many bytes, for one step."""
+        try:
+            workspace = self._idle.pop()
+        except IndexError:
+            return Workspace(num_bytes, self._device)
+        if workspace.memory.numel() < num_bytes:
+            del workspace  # before the new one comes
+            return Workspace(num_bytes, self._device)
+        return workspace
+
+    def give_back(self, workspace: Workspace) -> None:
+        self._idle.append(workspace)
+
+    def clear(self) -> None:
+        self._idle.clear()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is held from one step to the next."""
+        return [workspace.memory for workspace in self._idle]

@@ -14,11 +14,13 @@ from kvruntime.attention.base import Backend, Lanes
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.regions import Kind
 from kvruntime.planning.workspace import Workspace
-from kvruntime.step import commit as store
 from kvruntime.step.choose import choose
+from kvruntime.step.commit import Write, commit
 from kvruntime.step.fold import fold
+from kvruntime.step.keep import keep
 from kvruntime.step.prepare import Prepared, prepare
 from kvruntime.step.read import Held, page_ids, read_held
+from kvruntime.step.shift import shift
 from kvruntime.storage.pool import Pages, Pool
 from kvruntime.storage.transfer import upload
 from policies import Selection
@@ -87,7 +89,7 @@ def run_step(
 
     writes = _writes(step, pages, ids, held, selection, k, v)
     becomes = bool(plan.quantised[scale, layer])
-    store.commit(step, pool, table, runner.pages(becomes), writes, ids)
+    commit(step, pool, table, runner.pages(becomes), writes, ids)
     return out, from_pages
 
 
@@ -129,13 +131,13 @@ def _writes(
     selection: Selection | None,
     k: Tensor,
     v: Tensor,
-) -> store.Write:
+) -> Write:
     """How the step stores what it keeps; whatever of that lies in pages is read now."""
     if step.shape.kind is Kind.NOTHING:
         return lambda pages, slots: None
     if step.shape.kind is Kind.SHIFT:
-        return store.shift(step, pages, ids, k, v)
+        return shift(step, pages, ids, k, v)
     if step.shape.kind is Kind.FOLD:
         assert selection is not None
         return fold(step, held, selection)
-    return store.keep(step, pages, ids, held, selection)
+    return keep(step, pages, ids, held, selection)

@@ -1,0 +1,152 @@
+"""xformers' operators as this runtime needs them: for pages of any multiple of 16 tokens, for records,
+with log weights. Tied to its version (0.0.35).
+
+The bias objects are built from tensors that are on the device already, past their own constructors,
+which take a Python list of rows. Under TRITON_INTERPRET=1, set before the first import of triton,
+the same kernel runs on a CPU, slowly, in float16: that is how it is tested.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+with warnings.catch_warnings():  # deprecations between xformers and triton
+    warnings.simplefilter("ignore")
+    from xformers.ops import fmha
+    from xformers.ops.fmha import triton_splitk
+    from xformers.ops.fmha._triton import splitk_kernels
+    from xformers.ops.fmha.attn_bias import (
+        PagedBlockDiagonalPaddedKeysMask,
+        _PaddedSeqLenInfo,
+        _SeqLenInfo,
+    )
+
+warnings.filterwarnings("ignore", message="tl.make_block_ptr is deprecated")
+IS_INTERPRETED = type(splitk_kernels._splitK_reduce).__name__ == "InterpretedFunction"
+BLOCKS = (64, 32, 16)  # keys the kernel takes at a time
+_MOST_PROGRAMS = 1024  # of the kernel at once, by splitting keys; several for each processor
+
+
+def spread(bias: Tensor, rows: int, n: int) -> Tensor:
+    """A bias [rows or 1, heads, 1, tokens] as the operators want it, [rows, heads, n, tokens] on a
+    multiple of 8 tokens; a view with distance 0 over the queries.
+    """
+    tokens = bias.shape[3]
+    padded = bias.new_zeros(rows, bias.shape[1], 1, -(-tokens // 8) * 8)
+    padded[..., :tokens] = bias
+    return padded[..., :tokens].expand(-1, -1, n, -1)
+
+
+def operator_for_gathered(
+    device: torch.device, dtype: torch.dtype, head_dim: int, bias: Tensor | None
+) -> Any:
+    """What xformers would choose for tokens with such a bias, or none; the paged kernel's operator,
+    which can do that too, where none of the others runs.
+    """
+    if device.type == "cuda":
+        tokens = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
+        inputs = fmha.Inputs(tokens, tokens, tokens, bias, scale=1.0)
+        for operator in fmha.dispatch._dispatch_fw_priority_list(inputs, False):
+            if not operator.not_supported_reasons(inputs):
+                return operator
+    return operator(BLOCKS[0], 1)
+
+
+@functools.cache
+def operator(block: int, groups: int) -> Any:
+    """xformers' operator for pages that are a multiple of ``block`` tokens, and so many groups."""
+    kernel = splitk_kernels._get_splitk_kernel(groups)  # it would be made again at every call
+
+    class PagedOperator(triton_splitk.FwOp):  # type: ignore[misc]
+        NAME = f"triton_splitK, blocks of {block}"
+        SUPPORTED_DEVICES: ClassVar = {"cuda", "cpu"} if IS_INTERPRETED else {"cuda"}
+        BLOCK_N = block
+        NUM_GROUPS = groups
+
+        @classmethod
+        def get_kernel(cls) -> Any:
+            return kernel
+
+        @classmethod
+        def get_split_k(
+            cls, B: int, G: int, H: int, Mk: int, Mq: int, page_size: int, is_paged: bool = False
+        ) -> int:
+            """xformers' number of splits, but not more than fill a GPU: each one keeps a float32
+            result of all queries.
+            """
+            splits: int = super().get_split_k(B, G, H, Mk, Mq, page_size, is_paged)
+            programs = -(-Mq * (1 if is_paged else B * G * H) // int(cls.BLOCK_M))
+            return max(1, min(splits, _MOST_PROGRAMS // max(1, programs)))
+
+        @classmethod
+        def not_supported_reasons(cls, inputs: Any) -> list[str]:
+            """Without the complaint that xformers' C++ library is missing, which this operator does
+            not use: a torch of another CUDA version cannot load it.
+            """
+            reasons = super().not_supported_reasons(inputs)
+            return [reason for reason in reasons if "build with CUDA" not in reason]
+
+    return PagedOperator
+
+
+def with_bias(operator: Any, bias: Tensor) -> Any:
+    """The operator for one call, whose kernel adds bias [lanes, places] to the logits of each
+    lane, the same for all queries. The kernel can; xformers passes it none for pages.
+    """
+    kernel = operator.get_kernel()
+
+    class Launcher:
+        def __getitem__(self, grid: Any) -> Any:
+            launch = kernel[grid]
+
+            def call(**arguments: Any) -> Any:
+                arguments |= {
+                    "additive_bias": bias,
+                    "HAS_ADDITIVE_BIAS": True,
+                    "stride_bias_b": bias.stride(0),
+                    "stride_bias_g": 0,
+                    "stride_bias_h": 0,
+                    "stride_bias_qm": 0,
+                    "stride_bias_km": bias.stride(1),
+                }
+                return launch(**arguments)
+
+            return call
+
+    class BiasedOperator(operator):  # type: ignore[misc]
+        @classmethod
+        def get_kernel(cls) -> Any:
+            return Launcher()
+
+    return BiasedOperator
+
+
+def block_of(page_size: int) -> int:
+    return next(block for block in BLOCKS if page_size % block == 0)
+
+
+def paged_bias(n: int, tables: Tensor, lengths: Tensor, longest: int, page_size: int) -> Any:
+    """n queries for each lane of ``tables``. Nothing is read back from the device, and nothing
+    depends on the number of lanes but sizes.
+    """
+    lanes, width = tables.shape
+    starts = torch.arange(0, lanes * n + 1, n, dtype=torch.int32, device=tables.device)
+    queries = _SeqLenInfo(
+        seqstart=starts, max_seqlen=n, min_seqlen=n, seqstart_py=range(0, lanes * n + 1, n)
+    )
+    places = width * page_size
+    keys = _PaddedSeqLenInfo(
+        seqstart=starts,  # of the padded lanes; the paged kernel goes by the tables
+        max_seqlen=longest,
+        min_seqlen=0,
+        seqstart_py=range(0, lanes * places + 1, places),
+        seqlen=lengths,
+        seqlen_py=range(lanes),
+        padding=places,
+    )
+    return PagedBlockDiagonalPaddedKeysMask(queries, keys, tables, page_size)
