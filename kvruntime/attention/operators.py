@@ -1,5 +1,5 @@
-"""xformers' operators as this runtime needs them: for pages of any multiple of 16 tokens, for records,
-with log weights. Tied to its version (0.0.35).
+"""xformers' operators as this runtime needs them: for pages of any multiple of 16 tokens, for
+records, with log weights. Tied to its version (0.0.35).
 
 The bias objects are built from tensors that are on the device already, past their own constructors,
 which take a Python list of rows. Under TRITON_INTERPRET=1, set before the first import of triton,
@@ -8,11 +8,15 @@ the same kernel runs on a CPU, slowly, in float16: that is how it is tested.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import linecache
 import warnings
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+import triton
 from torch import Tensor
 
 with warnings.catch_warnings():  # deprecations between xformers and triton
@@ -54,13 +58,16 @@ def operator_for_gathered(
         for operator in fmha.dispatch._dispatch_fw_priority_list(inputs, False):
             if not operator.not_supported_reasons(inputs):
                 return operator
-    return operator(BLOCKS[0], 1)
+    return paged_operator(BLOCKS[0], 1)
 
 
 @functools.cache
-def operator(block: int, groups: int) -> Any:
-    """xformers' operator for pages that are a multiple of ``block`` tokens, and so many groups."""
-    kernel = splitk_kernels._get_splitk_kernel(groups)  # it would be made again at every call
+def paged_operator(block: int, groups: int, takes_bias: bool = False) -> Any:
+    """xformers' operator for pages that are a multiple of ``block`` tokens, and so many groups;
+    with a kernel that adds a bias to the logits of pages if asked.
+    """
+    with _biased_kernel() if takes_bias else contextlib.nullcontext():
+        kernel = splitk_kernels._get_splitk_kernel(groups)  # it would be made again at every call
 
     class PagedOperator(triton_splitk.FwOp):  # type: ignore[misc]
         NAME = f"triton_splitK, blocks of {block}"
@@ -94,9 +101,39 @@ def operator(block: int, groups: int) -> Any:
     return PagedOperator
 
 
+@contextlib.contextmanager
+def _biased_kernel() -> Iterator[None]:
+    """Meanwhile xformers' module has a kernel that knows where a bias lies for pages too.
+
+    The published one works that out in its branch for keys without pages, though it adds the bias
+    in either: the lines are moved behind the branch. Raises RuntimeError where they are not found,
+    which another version of xformers must answer for.
+    """
+    published = splitk_kernels._fwd_kernel_splitK
+    before, found, rest = triton.JITFunction(published.fn).src.partition(_BIAS)
+    block, end, after = rest.partition(_AFTER_BIAS)
+    if not found or not end:
+        raise RuntimeError("xformers' paged kernel is not the one of 0.0.35: no bias for pages")
+    moved = "\n".join(line.removeprefix("    ") for line in (found + block).split("\n"))
+    source, name = before + moved + end + after, "<xformers' kernel with a bias for pages>"
+    lines = source.splitlines(keepends=True)
+    linecache.cache[name] = (len(source), None, lines, name)  # Triton reads its functions' text
+    namespace = dict(vars(splitk_kernels))
+    exec(compile(source, name, "exec"), namespace)
+    splitk_kernels._fwd_kernel_splitK = triton.jit(namespace[published.fn.__name__])
+    try:
+        yield
+    finally:
+        splitk_kernels._fwd_kernel_splitK = published
+
+
+_BIAS, _AFTER_BIAS = "        if HAS_ADDITIVE_BIAS:\n", "\n    if SPLIT_K_EARLY_EXIT"
+
+
 def with_bias(operator: Any, bias: Tensor) -> Any:
     """The operator for one call, whose kernel adds bias [lanes, places] to the logits of each
-    lane, the same for all queries. The kernel can; xformers passes it none for pages.
+    lane, the same for all queries. operator: a paged one that takes a bias; xformers itself passes
+    it none.
     """
     kernel = operator.get_kernel()
 
@@ -150,3 +187,16 @@ def paged_bias(n: int, tables: Tensor, lengths: Tensor, longest: int, page_size:
         padding=places,
     )
     return PagedBlockDiagonalPaddedKeysMask(queries, keys, tables, page_size)
+
+
+__all__ = [
+    "BLOCKS",
+    "IS_INTERPRETED",
+    "block_of",
+    "fmha",
+    "operator_for_gathered",
+    "paged_bias",
+    "paged_operator",
+    "spread",
+    "with_bias",
+]

@@ -18,9 +18,9 @@ from kvruntime.attention.operators import (
     IS_INTERPRETED,
     block_of,
     fmha,
-    operator,
     operator_for_gathered,
     paged_bias,
+    paged_operator,
     spread,
     with_bias,
 )
@@ -51,7 +51,7 @@ class XFormers:
         self._biased_op = operator_for_gathered(device, dtype, head_dim, bias)
 
     @property
-    def gatheredoperator(self) -> str:
+    def gathered_operator(self) -> str:
         """xformers' name of what attends to gathered tokens."""
         return str(self._gathered_op.NAME)
 
@@ -87,7 +87,7 @@ class XFormers:
         rows, n, heads, head_dim = q.shape
         pages = cached.pages
         groups = pages.records.groups if pages.records else 1
-        op = operator(block_of(pages.page_size), groups)
+        op = paged_operator(block_of(pages.page_size), groups, cached.weighted)
         if cached.weighted:
             op = with_bias(op, _page_bias(cached))
         bias = paged_bias(n, cached.tables, cached.lengths, cached.longest, pages.page_size)
@@ -100,7 +100,7 @@ class XFormers:
                 queries, k_pages, v_pages, bias, scale=softmax_scale, op=op
             )
             fresh, fresh_lse = fmha.memory_efficient_attention_partial(
-                q, k, v, scale=softmax_scale, op=operator(BLOCKS[0], 1)
+                q, k, v, scale=softmax_scale, op=paged_operator(BLOCKS[0], 1)
             )
         old_lse = old_lse.view(rows, heads, n)
         share = torch.sigmoid(fresh_lse - old_lse).float().unsqueeze(-1)
@@ -138,7 +138,7 @@ def reasons_against(device: torch.device, dtype: torch.dtype, plan: Plan) -> lis
     ints = torch.zeros(1, 1, dtype=torch.int64, device=device)
     bias = paged_bias(16, ints, ints[0], 16, 16)
     inputs = fmha.Inputs(lanes, lanes, lanes, bias, scale=1.0, is_partial=True)
-    reasons: list[str] = list(operator(16, 1).not_supported_reasons(inputs))
+    reasons: list[str] = list(paged_operator(16, 1).not_supported_reasons(inputs))
     if not reasons:
         reasons += _broken(device, dtype, head_dim, plan.records)
     return reasons
@@ -158,7 +158,7 @@ def operators(device: torch.device) -> dict[str, list[str]]:
         module = getattr(fmha, name, None)
         if module is not None:
             found[f"{module.FwOp.NAME}, gathered"] = module.FwOp.not_supported_reasons(gathered)
-    found["triton_splitK, pages"] = operator(16, 1).not_supported_reasons(paged)
+    found["triton_splitK, pages"] = paged_operator(16, 1).not_supported_reasons(paged)
     return found
 
 
