@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from kvruntime.attention import choose_backend
+from kvruntime.errors import WillNeverFit
 from kvruntime.generation import Generation
 from kvruntime.options import CacheOptions, check_softmax_scale
 from kvruntime.planning import WORKSPACE_LIMIT, Plan, choose_policy, make_plan, require
 from kvruntime.planning.workspace import Workspaces
+from kvruntime.sizes import LARGEST
 from kvruntime.step.run import Observer, Runner
 from kvruntime.storage.memory import free_bytes
 from kvruntime.storage.pool import Pool, real_device
@@ -70,11 +72,6 @@ class PagedKVCache:
         # one row is planned now, so that a budget that cannot work is refused before anything is
         # drawn
         self._row_plan = self._make_plan(1)
-        if pool is not None and pool.weight_bytes < self.weight_bytes:
-            raise ValueError(
-                f"policy {self._policy.name} needs {self.weight_bytes} bytes of log weights in a "
-                f"page, the pool has {pool.weight_bytes}: make it with Pool(weight_bytes=...)"
-            )
         self._backend, self._backend_reason = choose_backend(
             self.options.backend, self._device, self._row_plan, self.options.paged_queries
         )
@@ -141,6 +138,9 @@ class PagedKVCache:
 
     def _own_pool(self, plan: Plan) -> Pool:
         """The pool of the last generation if it has the planned pages, else a new one."""
+        if plan.peak_pages > LARGEST:
+            advice = "no device has that much: draw fewer at once or lower the budget"
+            raise WillNeverFit(plan.page_bytes, free_bytes(self._device), advice)
         with self._lock:
             pool, self._idle_pool = self._idle_pool, None
         num_pages = max(1, plan.peak_pages)

@@ -184,8 +184,14 @@ def _build(
         shape = (len(schedule), geometry.layers, geometry.heads)
         allocation = Allocation(np.zeros(shape, dtype=np.int64))
     quantised = _quantised(allocation, options, records, page_size, exact)
+    needed = max(page_size, exact) * WEIGHT_BYTES if policy.needs.weights else 0
     if weight_bytes is None:
-        weight_bytes = max(page_size, exact) * WEIGHT_BYTES if policy.needs.weights else 0
+        weight_bytes = needed
+    elif weight_bytes < needed:
+        raise ValueError(
+            f"policy {policy.name} needs {needed} bytes of log weights in a page, the pool has "
+            f"{weight_bytes}: make it with Pool(weight_bytes={needed})"
+        )
     return Plan(
         geometry=geometry,
         schedule=schedule,

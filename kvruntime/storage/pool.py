@@ -14,7 +14,7 @@ from torch import Tensor
 from allocator import BlockTable, OutOfPages, PageAllocator
 from kvruntime.errors import WillNeverFit
 from kvruntime.sizes import check_positive, parse_bytes, parse_share
-from kvruntime.storage.layout import PageLayout, RecordFormat
+from kvruntime.storage.layout import WEIGHT_BYTES, PageLayout, RecordFormat
 from kvruntime.storage.memory import free_bytes, is_out_of_memory
 from kvruntime.storage.transfer import wide
 from policies import TORCH_DTYPES
@@ -79,6 +79,8 @@ class Pool:
             raise ValueError(f"page_bytes must be a multiple of 4, got {page_bytes}")
         if isinstance(weight_bytes, bool) or not isinstance(weight_bytes, int) or weight_bytes < 0:
             raise ValueError(f"weight_bytes must be a number of bytes, got {weight_bytes!r}")
+        if weight_bytes % WEIGHT_BYTES:
+            raise ValueError(f"weight_bytes must be a multiple of 2, got {weight_bytes}")
         if (memory is None) == (num_pages is None):
             raise ValueError("give either memory or num_pages")
         self.device = real_device(device)
