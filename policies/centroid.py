@@ -24,13 +24,12 @@ from policies.scoring import (
     best_scratch,
     beyond,
     centres_on,
-    float32_blocks,
 )
 from policies.scratch import Region, part_of
 
 _FAR = -1e30  # a product that no key reaches; finite, since its lowest bits become a number
 _PACKED = 1024  # most seeds whose number fits into the bits of a product that can be spared
-BLOCK = 128  # candidates that are compared with all seeds at a time
+_PRODUCTS = 2**22  # compared at a time, over all lanes, if that leaves blocks of 64 candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +38,8 @@ class Centroid:
 
     Seeds are chosen in two rounds: ``first_share`` of them by the attention they get from the
     window's queries, the rest where that attention times the distance from the nearest seed is
-    largest. Then every candidate goes to its nearest seed. Two matrix products, together of
-    candidates x budget x head_dim for each lane.
+    largest. Then every other candidate goes to its nearest seed. Two matrix products, together of
+    (candidates - first seeds) x budget x head_dim for each lane.
 
     grid: the window is grid x grid queries of the current scale.
     """
@@ -65,116 +64,127 @@ class Centroid:
     def scratch(self, sizes: StepSizes) -> list[Region]:
         rows, heads, count = sizes.rows, sizes.heads, sizes.candidates
         lanes, kept, dim = rows * heads, sizes.kept, sizes.head_dim
-        block = min(BLOCK, count)
+        block = _block(lanes, kept, count)
         return [
             *attention_scratch(sizes, self.needs.queries),
             *best_scratch(sizes),
+            Region("sorted", (lanes, count), "float32"),
+            Region("order", (lanes, count), "int64"),
+            Region("torch: sort", (lanes, count, 2), "int64", by_torch=True),
             Region("seeds", (rows, heads, kept), "int64"),
-            Region("seed_rows", (lanes, kept, dim), sizes.dtype),
+            Region("raw", (lanes, 0 if sizes.dtype == "float32" else count, dim), sizes.dtype),
+            Region("rest_keys", (lanes, count, dim), "float32"),
             Region("seed_keys", (lanes, kept, dim), "float32"),
+            Region("turned", (lanes, dim, kept), "float32"),
             Region("halves", (lanes, 1, kept), "float32"),
             Region("products", (lanes, block, kept), "float32"),
             Region("block_closest", (lanes, block), "float32"),
-            Region("block_nearest", (lanes, block), "int32"),
-            Region("block_norms", (lanes, block), "float32"),
-            Region("closest", (lanes, count), "float32"),
-            Region("misfit", (lanes, count + 1), "float32"),
-            Region("nearest", (lanes, count + 1), "int64"),
-            Region("torch: compare", (lanes, max(4 * block, 2 * kept)), "int64", by_torch=True),
+            Region("misfit", (lanes, count), "float32"),
+            Region("closest", (2, lanes, count), "float32"),
+            Region("nearest", (2, lanes, count), "int32"),
+            Region("into", (lanes, count + 1), "int64"),
+            Region("torch: nearest", (lanes, count, 2), "int64", by_torch=True),
         ]
 
     def select(self, candidates: Candidates) -> Selection:
         scratch, keys, keep = candidates.scratch, candidates.keys, candidates.keep
         rows, heads, count, _ = keys.shape
-        size = candidates.schedule.sizes[candidates.scale]
+        lanes, size = rows * heads, candidates.schedule.sizes[candidates.scale]
         scores = attention_received(candidates, centres_on(size, self.grid, keys.device))
+        order = part_of(scratch["order"], lanes, count)
+        ranked = part_of(scratch["sorted"], lanes, count)
+        torch.sort(scores.flatten(0, 1), dim=1, descending=True, out=(ranked, order))
+
         firsts = np.array([math.ceil(self.first_share * n) for n in keep.tolist()])
-        most, most_first = int(keep.max()), int(firsts.max())
+        most, first, least = int(keep.max()), int(firsts.max()), int(firsts.min())
+        rest = order[:, least:]  # where heads differ, some of their own first seeds among them
         seeds = part_of(scratch["seeds"], rows, heads, most)
-        seeds[:, :, :most_first] = best(scores, firsts, scratch)
         flat = seeds.flatten(0, 1)
-        closest = part_of(scratch["closest"], rows * heads, count).fill_(_FAR)
-        misfit = part_of(scratch["misfit"], rows * heads, count + 1)
-        nearest = part_of(scratch["nearest"], rows * heads, count + 1)
-        _compare(keys, flat[:, :most_first], firsts, 0, closest, misfit, nearest, scratch)
-        if most > most_first:
-            served = misfit[:, :count]  # squared distances from the nearest seed
-            served.clamp_(min=0.0).sqrt_().mul_(scores.flatten(0, 1))
-            misfit.scatter_(1, flat[:, :most_first], -2.0)  # a seed cannot be chosen again
-            rest = best(served.view(rows, heads, count), keep - firsts, scratch)
-            seeds[:, :, most_first:] = rest
-            _compare(
-                keys,
-                flat[:, most_first:],
-                keep - firsts,
-                most_first,
-                closest,
-                misfit,
-                nearest,
-                scratch,
-            )
-        return _in_order(seeds, nearest, count, scratch)
+        flat[:, :first] = order[:, :first]
+        found = [part_of(part, *rest.shape) for part in scratch["closest"]]
+        nearest = [part_of(part, *rest.shape) for part in scratch["nearest"]]
+        rest_keys = _gather(keys, rest, "rest_keys", scratch)
+        _compare(keys, rest_keys, flat[:, :first], firsts, found[0], nearest[0], scratch)
+        if most > first:
+            misfit = part_of(scratch["misfit"], *rest.shape)
+            torch.linalg.vector_norm(rest_keys, dim=-1, out=misfit)
+            misfit.square_().sub_(found[0], alpha=2.0).clamp_(min=0.0).sqrt_()
+            by_head = misfit.mul_(ranked[:, least:]).view(rows, heads, -1)
+            if first > least:  # a seed cannot be chosen again
+                unused = beyond(tuple((firsts - least).tolist()), keys.device)
+                by_head[:, :, : first - least].masked_fill_(~unused, -2.0)
+            places = best(by_head, keep - firsts, scratch).flatten(0, 1)
+            places.clamp_(max=rest.shape[1] - 1)
+            flat[:, first:] = torch.gather(rest, 1, places)
+            _compare(keys, rest_keys, flat[:, first:], keep - firsts, found[1], nearest[1], scratch)
+            nearest[1].add_(first)
+            torch.where(found[1] > found[0], nearest[1], nearest[0], out=nearest[0])
+        if first > least:
+            unused = beyond(tuple(firsts.tolist()), keys.device)
+            seeds[:, :, :first].masked_fill_(unused, count)
+            unused = beyond(tuple((keep - firsts).tolist()), keys.device)
+            seeds[:, :, first:].masked_fill_(unused, count)
+        return _in_order(seeds, rest, nearest[0], count, scratch)
+
+
+def _block(lanes: int, kept: int, count: int) -> int:
+    """Candidates that are compared with all seeds at a time."""
+    return min(count, max(64, _PRODUCTS // (lanes * kept)))
 
 
 def _compare(
     keys: Tensor,
+    rest_keys: Tensor,
     seeds: Tensor,
     counts: Lengths,
-    number: int,
     closest: Tensor,
-    misfit: Tensor,
     nearest: Tensor,
     scratch: Mapping[str, Tensor],
 ) -> None:
-    """Note for every candidate the nearest of the seeds [lanes, m] where it is nearer than those
-    before: ``nearest`` its number, counted from ``number``; ``closest`` key . seed - |seed|^2 / 2;
-    ``misfit`` the squared distance from it.
+    """For the keys ``rest_keys`` [lanes, n, head_dim] the nearest of the seeds [lanes, m], of which
+    each head uses the first ``counts``: its number into ``nearest``, key . seed - |seed|^2 / 2 into
+    ``closest``.
     """
-    heads = keys.shape[1]
-    lanes, most = seeds.shape
-    chosen = _seed_keys(keys, seeds, scratch)
+    heads, dim, (lanes, most) = keys.shape[1], keys.shape[3], seeds.shape
+    chosen = _gather(keys, seeds, "seed_keys", scratch)
     halves = part_of(scratch["halves"], lanes, 1, most)
     torch.linalg.vector_norm(chosen, dim=-1, out=halves.squeeze(1))
     halves.square_().mul_(-0.5)
     if (counts != most).any():
         unused = beyond(tuple(counts.tolist()), keys.device)
         halves.view(-1, heads, most).masked_fill_(unused, _FAR)
+    turned = part_of(scratch["turned"], lanes, dim, most).copy_(chosen.transpose(1, 2))
     numbers = torch.arange(most, dtype=torch.int32, device=keys.device)
     spared = (1 << max(1, (most - 1).bit_length())) - 1
-    turned = chosen.transpose(1, 2)
-    for start, end, block in float32_blocks(keys, scratch, BLOCK):
+    count, size = rest_keys.shape[1], scratch["products"].shape[1]
+    for start in range(0, count, size):
+        end = min(start + size, count)
         products = part_of(scratch["products"], lanes, end - start, most)
-        torch.baddbmm(halves, block, turned, out=products)
-        value = part_of(scratch["block_closest"], lanes, end - start)
+        torch.bmm(rest_keys[:, start:end], turned, out=products).add_(halves)
         if most <= _PACKED:  # the seed's number in the lowest bits: one pass finds both
             products.view(torch.int32).bitwise_and_(~spared).bitwise_or_(numbers)
+            value = part_of(scratch["block_closest"], lanes, end - start)
             torch.amax(products, dim=-1, out=value)
-            found = part_of(scratch["block_nearest"], lanes, end - start)
-            torch.bitwise_and(value.view(torch.int32), spared, out=found)
+            closest[:, start:end] = value
+            nearest[:, start:end] = value.view(torch.int32).bitwise_and_(spared)
         else:
-            value, found = products.max(dim=-1)
-        norms = part_of(scratch["block_norms"], lanes, end - start)
-        torch.linalg.vector_norm(block, dim=-1, out=norms)
-        is_nearer = value > closest[:, start:end]
-        nearest[:, start:end] = torch.where(is_nearer, found + number, nearest[:, start:end])
-        closest[:, start:end] = torch.maximum(value, closest[:, start:end])
-        torch.add(norms.square_(), closest[:, start:end], alpha=-2.0, out=misfit[:, start:end])
+            closest[:, start:end], nearest[:, start:end] = products.max(dim=-1)
 
 
-def _seed_keys(keys: Tensor, seeds: Tensor, scratch: Mapping[str, Tensor]) -> Tensor:
-    """The seeds' keys [lanes, m, head_dim] in float32."""
-    lanes, most = seeds.shape
-    shape = (lanes, most, keys.shape[3])
-    lane = torch.arange(lanes, device=keys.device).unsqueeze(1)
-    places = seeds.clamp(max=keys.shape[2] - 1)  # those that a shorter head does not use
-    chosen = part_of(scratch["seed_keys"], *shape)
-    raw = chosen if keys.dtype == chosen.dtype else part_of(scratch["seed_rows"], *shape)
-    torch.ops.aten.index.Tensor_out(keys.flatten(0, 1), [lane, places], out=raw)
-    return chosen if raw is chosen else chosen.copy_(raw)
+def _gather(keys: Tensor, places: Tensor, name: str, scratch: Mapping[str, Tensor]) -> Tensor:
+    """Keys at places [lanes, n] as float32 [lanes, n, head_dim], in the region ``name``."""
+    out = part_of(scratch[name], *places.shape, keys.shape[3])
+    raw = out if keys.dtype == out.dtype else part_of(scratch["raw"], *out.shape)
+    source, target = keys.flatten(0, 1), raw
+    if keys.shape[3] * keys.element_size() % 16 == 0:  # 16 bytes a number: fewer to copy
+        source, target = source.view(torch.complex128), raw.view(torch.complex128)
+    lane = torch.arange(places.shape[0], device=keys.device).unsqueeze(1)
+    torch.ops.aten.index.Tensor_out(source, [lane, places], out=target)
+    return out if raw is out else out.copy_(raw)
 
 
 def _in_order(
-    seeds: Tensor, nearest: Tensor, count: int, scratch: Mapping[str, Tensor]
+    seeds: Tensor, rest: Tensor, nearest: Tensor, count: int, scratch: Mapping[str, Tensor]
 ) -> Selection:
     """The seeds [rows, heads, m] ascending, and every candidate's seed by its new number."""
     rows, heads, most = seeds.shape
@@ -186,7 +196,7 @@ def _in_order(
     keep, order = (part.flatten(0, 1) for part in ordered)
     number = torch.arange(most, device=seeds.device).expand_as(order)
     rank = part_of(scratch["best_places"], rows * heads, most).scatter_(1, order, number)
-    into = torch.gather(rank, 1, nearest[:, :count])
-    nearest[:, :count] = into
-    nearest.scatter_(1, keep, number)  # also where another seed has the same key
-    return Selection(ordered[0], nearest[:, :count].view(rows, heads, count))
+    into = part_of(scratch["into"], rows * heads, count + 1)
+    into.scatter_(1, rest, torch.gather(rank, 1, nearest.long()))
+    into.scatter_(1, keep, number)  # also where another seed has the same key
+    return Selection(ordered[0], into[:, :count].view(rows, heads, count))

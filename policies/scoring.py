@@ -93,9 +93,12 @@ def attention_received(candidates: Candidates, centres: Tensor) -> Tensor:
     window.view(rows, heads, queries, head_dim).copy_(picked.transpose(1, 2))
     window.mul_(candidates.softmax_scale)
     weights = part_of(scratch["weights"], lanes, queries, count)
-    for start, end, block in float32_blocks(keys, scratch):
-        logits = part_of(scratch["logits"], lanes, queries, end - start)
-        weights[:, :, start:end] = torch.bmm(window, block.transpose(1, 2), out=logits)
+    if keys.dtype == torch.float32:
+        torch.bmm(window, keys.flatten(0, 1).transpose(1, 2), out=weights)
+    else:
+        for start, end, block in float32_blocks(keys, scratch):
+            logits = part_of(scratch["logits"], lanes, queries, end - start)
+            weights[:, :, start:end] = torch.bmm(window, block.transpose(1, 2), out=logits)
     if candidates.log_weights is not None:
         weights.view(rows, heads, queries, count).add_(candidates.log_weights)
     most, total = (part_of(part, lanes, queries, 1) for part in scratch["sums"])

@@ -90,6 +90,11 @@ class StepShape:
         return is_known and self.cached > 0 and self.reads is not None and self.reads == self.writes
 
     @property
+    def weighs_in_place(self) -> bool:
+        """Whether a fold may multiply the gathered tokens themselves."""
+        return self.dtype == "float32" and self.places == self.candidates
+
+    @property
     def has_bias(self) -> bool:
         """Whether logits of gathered tokens get something added."""
         return self.cached > 0 and (self.is_ragged or self.weighted)
@@ -235,9 +240,12 @@ def _fold(shape: StepShape) -> list[Region]:
         Region("log_counts", (lanes, shape.kept), "float32"),
         Region("shares", (lanes, shape.candidates), "float32"),
         Region("targets", (lanes, shape.candidates), "int64"),
-        Region("block", (lanes, tokens, shape.head_dim), "float32"),
-        Region("torch: targets", (lanes, 2 * tokens), "int64", by_torch=True),
     ]
+    if not shape.weighs_in_place:
+        regions += [
+            Region("block", (lanes, tokens, shape.head_dim), "float32"),
+            Region("torch: targets", (lanes, 2 * tokens), "int64", by_torch=True),
+        ]
     if not shape.is_even:
         regions.append(Region("packed", (written, shape.head_dim), "float32"))
         regions.append(Region("torch: packed", (shape.rows, shape.written), "float32", True))

@@ -53,17 +53,23 @@ def fold(step: Prepared, held: Held, selection: Selection) -> Write:
 
 
 def _means(step: Prepared, tokens: Tensor) -> Tensor:
-    """Weighted means [lanes, kept, head_dim] of tokens [rows, heads, candidates, head_dim]."""
+    """Weighted means [lanes, kept, head_dim] of tokens [rows, heads, candidates, head_dim], which
+    are spoilt where they can be weighted in place.
+    """
     commits, shape = step.views.commit, step.shape
-    lanes, dim = shape.rows * shape.heads, shape.head_dim
+    lanes, dim, shares = shape.rows * shape.heads, shape.head_dim, commits["shares"]
     sums, by_lane = commits["sums"].zero_(), tokens.flatten(0, 1)
+    flat, all_targets = sums.view(-1, dim), commits["targets"]
+    if shape.weighs_in_place:
+        by_lane.mul_(shares.unsqueeze(-1))
+        flat.index_add_(0, all_targets.view(-1), by_lane.view(-1, dim))
+        return sums.div_(commits["counts"].unsqueeze(-1))
     for start in range(0, shape.candidates, FOLD_TOKENS):
         end = min(start + FOLD_TOKENS, shape.candidates)
         block = part_of(commits["block"], lanes, end - start, dim)
-        shares = commits["shares"][:, start:end]
-        torch.mul(by_lane[:, start:end], shares.unsqueeze(-1), out=block)
-        targets = commits["targets"][:, start:end].reshape(-1)
-        sums.view(-1, dim).index_add_(0, targets, block.view(-1, dim))
+        torch.mul(by_lane[:, start:end], shares[:, start:end].unsqueeze(-1), out=block)
+        targets = all_targets[:, start:end].reshape(-1)
+        flat.index_add_(0, targets, block.view(-1, dim))
     return sums.div_(commits["counts"].unsqueeze(-1))
 
 
