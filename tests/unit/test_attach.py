@@ -1,5 +1,8 @@
 """attach(): P1 on a whole model, P6 no leak, P10 undo, and what it refuses."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ import kvruntime
 from kvruntime import UnsupportedModel, WillNeverFit
 from kvruntime.catalogue import VAR_256
 from kvruntime.reference.transformer import EmojiVAR
+from kvruntime.step import shift
 from policies import POLICY_NAMES, ScaleKV, ScaleSchedule
 from tests.support import every_attribute, profile_of
 
@@ -27,10 +31,8 @@ def test_full_draws_the_same_pictures(tiny_model, dtype):
 
 def test_negative_control_a_wrong_cache_changes_the_picture(tiny_model, monkeypatch):
     own = tiny_model.generate(LABELS, seed=3)
-    write = kvruntime.executor.write
-    monkeypatch.setattr(
-        kvruntime.executor, "write", lambda pages, slots, new: write(pages, slots, -new)
-    )
+    write = shift.write
+    monkeypatch.setattr(shift, "write", lambda pages, slots, new: write(pages, slots, -new))
     with kvruntime.attach(tiny_model, "full", 1.0):
         assert not torch.equal(tiny_model.generate(LABELS, seed=3), own)
 
@@ -116,9 +118,9 @@ def test_inference_mode_then_plain_then_gradients(tiny_model):
         attention.use_cache(True)
         with torch.enable_grad():
             attention(torch.randn(4, 1, 32, requires_grad=True))
-        executor = attached._cache._executor
-        tensors = [executor.pool.exact.keys, executor.pool.exact.values, *executor._workspace]
-        assert not any(tensor.requires_grad for tensor in tensors)
+        pool, workspaces = attached._generation._runner.pool, attached._cache._workspaces
+        tensors = [pool.keys, pool.values, *workspaces.tensors]
+        assert len(tensors) == 3 and not any(tensor.requires_grad for tensor in tensors)
         attention.use_cache(False)
         assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
 
@@ -145,7 +147,7 @@ def test_attached_twice_at_once(tiny_model):
 
 
 def test_a_sampler_that_leaves_its_cache_on_is_put_back(tiny_model):
-    """Upstream VAR switches caching off at the end only: not when it raises."""
+    """Upstream VAR switches caching off at the end only, and not when it raises."""
     before = every_attribute(tiny_model)
     with pytest.raises(Broken):
         with kvruntime.attach(tiny_model, "full", 1.0):
@@ -160,8 +162,12 @@ def test_the_tensors_go_and_the_stats_stay(tiny_model):
     with kvruntime.attach(tiny_model, "full", 1.0) as attached:
         tiny_model.generate(LABELS)
         stats = attached.stats
+        pool = weakref.ref(attached._cache._idle_pool)
+        memory = weakref.ref(attached._cache._workspaces.tensors[0])
+        assert pool() is not None and memory() is not None
     assert attached.stats == stats and stats.peak_pages > 0
-    assert attached._cache._executor is None
+    gc.collect()
+    assert pool() is None and memory() is None and attached._cache._workspaces.tensors == []
 
 
 def test_training_goes_the_models_own_way(tiny_model):
