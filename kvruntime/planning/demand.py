@@ -28,6 +28,7 @@ class Plan:
     page_size, exact_page_size: records in a page, and exact tokens in one: pages are equally large.
     bytes_per_page, weight_bytes_per_page: of a page's K and V, and of its log weights.
     positions: what the host knows of every step.
+    declared, row_shapes: what was worked out already, shared by plans of other rows.
     Always: peak_pages == rows * max(row_pages);
         page_bytes == peak_pages * (bytes_per_page + weight_bytes_per_page).
     """
@@ -47,6 +48,7 @@ class Plan:
     weight_bytes_per_page: int
     positions: Positions
     declared: dict[StepShape, StepRegions] = field(default_factory=dict, repr=False)
+    row_shapes: set[StepShape] = field(default_factory=set, repr=False)
 
     @cached_property
     def page_tokens(self) -> NDArray[np.int64]:
@@ -134,10 +136,12 @@ class Plan:
         return max(regions.num_bytes for _, regions in steps) + beside
 
     def _steps(self, rows: int) -> list[tuple[StepShape, StepRegions]]:
-        scales, layers = len(self.schedule), self.geometry.layers
-        shapes = {
-            self.shape(scale, layer, rows) for scale in range(scales) for layer in range(layers)
-        }
+        if not self.row_shapes:
+            scales, layers = range(len(self.schedule)), range(self.geometry.layers)
+            self.row_shapes.update(
+                self.shape(scale, layer, 1) for scale in scales for layer in layers
+            )
+        shapes = [replace(shape, rows=rows) for shape in self.row_shapes]
         return [(shape, self.regions(shape)) for shape in shapes]
 
     def regions(self, shape: StepShape) -> StepRegions:

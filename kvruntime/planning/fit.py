@@ -90,8 +90,8 @@ def make_plan(
         raise WillNeverFit(
             least.page_bytes,
             most,
-            f"{policy.name} keeps up to {least.tokens.max()} tokens of a lane at the least, in pages "
-            f"of {least.page_size}: raise the budget, or ask for a kv_dtype or smaller pages",
+            f"{policy.name} keeps up to {least.tokens.max()} tokens of a lane at the least, in "
+            f"pages of {least.page_size}: raise the budget, or ask for a kv_dtype or smaller pages",
         )
     return max(fitting, key=lambda plan: (plan.budget_tokens, plan.start_scale, plan.page_size))
 
