@@ -112,8 +112,9 @@ class Candidates:
 class Selection:
     """What a step keeps, and what it folds into what.
 
-    keep: places among the candidates, int64 [rows or 1, heads, m], m the most that a head keeps;
-        a head that keeps fewer uses its first ones. Ascending, distinct, in range: checked.
+    keep: places among the candidates, int64 [rows, heads, m], m the most that a head keeps; a head
+        that keeps fewer uses its first ones. Ascending, distinct, in range: checked. Without
+        content [1, heads, m], the same for all rows.
     into: for each candidate the place in ``keep`` that it is folded into, int64 [rows, heads,
         candidates], -1 for none; a kept one names itself. None: what is not kept is dropped.
         The kept token becomes the mean of keys and of values, each weighted by how many tokens it

@@ -161,15 +161,15 @@ class Positions:
         candidates = _with_fresh(numbers, int(before.max()), start, end)
         heads = 1 if is_even and len(numbers) == 1 else after.size
         keep = after[:heads]
-        positions = np.broadcast_to(candidates, (heads, candidates.shape[1])).copy()
+        positions = np.broadcast_to(candidates, (heads, candidates.shape[1]))
         empty = self._empty
         chosen = self._policy.select(
             Candidates(
                 self._problem.schedule,
                 scale,
                 layer,
-                keep,
-                torch.from_numpy(positions)[None],
+                keep.copy(),  # a policy may write into what it gets
+                torch.from_numpy(positions.copy())[None],
                 empty,
                 empty,
                 empty,

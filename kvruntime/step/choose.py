@@ -21,7 +21,7 @@ def choose(plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: flo
         plan.schedule,
         step.scale,
         step.layer,
-        step.after,
+        step.after.copy(),  # a policy may write into what it gets
         torch.empty(0, dtype=torch.int64, device="cpu"),
         q,
         held.keys,
