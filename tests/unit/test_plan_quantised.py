@@ -1,107 +1,92 @@
-"""Plans of quantised pages: scratch byte by byte, start scales, page sizes, bad input."""
+"""Plans of quantised pages: start scales, page sizes, published sizes, bad input."""
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from kvruntime.formats import RowFormat
-from kvruntime.plan import plan, plan_generation
-from policies import CacheGeometry, Full, ScaleSchedule
-from policies.scalekv import ScaleKV
-from policies.sliding_window import SlidingWindow
-
-SCHEDULE = ScaleSchedule.of([4, 4, 4])  # 16 tokens each
-ID = 8  # bytes of a page id, a length or a slot
-COEFFICIENTS = 28  # scratch for scale and shift of a group
-
-
-def one_lane(dtype, row, start, schedule=SCHEDULE, policy=None, budget=1, page_size=16, dim=32):
-    geometry = CacheGeometry(1, 1, dim, dtype, dtype)
-    policy = Full() if policy is None else policy
-    return plan_generation(
-        geometry, schedule, policy, budget, 1, page_size, row=row, start_scale=start
-    )
-
-
-def test_scratch_of_reading():
-    """The last scale reads 32 int4 tokens of 32 numbers: in bfloat16 this outweighs writing 16."""
-    made = one_lane("bfloat16", RowFormat(4), 0)
-    # the row of 20 bytes, its 16 bytes of codes once shifted and once masked, float32 values
-    token = 20 + 2 * 16 + COEFFICIENTS + 4 * 32
-    assert made.workspace_row_tokens == 48
-    assert made.workspace_bytes == 48 * 32 * 4 + 32 * token + (2 + 1) * ID
-
-
-@pytest.mark.parametrize(
-    ("row", "size", "codes"), [(RowFormat(4), 20, 16), (RowFormat(8, 2), 40, 32)]
+from kvruntime import Allocation, CacheOptions, plan
+from kvruntime.planning import make_plan
+from kvruntime.storage.layout import (
+    PageLayout,
+    RecordFormat,
+    exact_page_size,
+    fitting_page_size,
+    stored_bytes,
 )
-def test_scratch_of_writing(row, size, codes):
-    """float16 values are read without a float32 copy, so writing 16 tokens weighs more."""
-    made = one_lane("float16", row, 0)
-    # the finished row, and three numbers of it in torch's indexing; a slice that passes: the row,
-    # two copies of the codes, the token, and float32 and a byte of each number
-    token = size + 3 * ID + size + 2 * codes + row.groups * COEFFICIENTS + 2 * 32 + 5 * 32
-    assert made.workspace_bytes == 48 * 32 * 4 + 16 * token + (1 + 1 + 16) * ID
+from policies import DTYPE_BYTES, CacheGeometry, Full, ScaleSchedule, SlidingWindow
+from tests.unit.test_plan import made_of
+
+MIB = 2**20
+SCHEDULE = ScaleSchedule.of([4, 4, 4])  # 16 tokens each
 
 
-def test_scratch_of_slices():
-    """1600 tokens are written and 3200 read: 1024 at a time."""
-    schedule = ScaleSchedule.of([40, 40, 40])
-    gather = 4800 * 32
-    wrote = 1600 * (20 + 3 * ID) + 1024 * (20 + 32 + COEFFICIENTS + 2 * 32 + 5 * 32)
-    made = one_lane("float16", RowFormat(4), 0, schedule)
-    assert made.workspace_bytes == gather * 4 + wrote + (100 + 1 + 1600) * ID
-    # 30 new tokens at the last but one: reading all others outweighs that
-    schedule = ScaleSchedule.of([40, (5, 6), 1])
-    made = one_lane("bfloat16", RowFormat(4), 0, schedule, page_size=64)
-    read = 1024 * (20 + 32 + COEFFICIENTS + 4 * 32)
-    first = 1600 * (20 + 3 * ID) + 1024 * (20 + 32 + COEFFICIENTS + 2 * 32 + 5 * 32)
-    assert read < first
-    assert made.workspace_bytes == 1631 * 32 * 4 + first + (0 + 1 + 1600) * ID
+def one_lane(dtype, start=None, schedule=SCHEDULE, policy=None, budget=1, dim=32, **options):
+    geometry = CacheGeometry(1, 1, dim, dtype, dtype)
+    options = {"page_size": 16, "kv_dtype": "int4"} | options
+    return made_of(geometry, schedule, policy or Full(), budget, kv_start=start, **options)
 
 
-def test_scratch_of_the_hand_over():
-    """A window of 20: at the start scale all 20 are written; elsewhere only the 16 new ones."""
-    window = SlidingWindow()
-    token = 20 + 3 * ID + 20 + 32 + COEFFICIENTS + 2 * 32 + 5 * 32
-    gather = 36 * 32 * 4
-    made = one_lane("float16", RowFormat(4), 1, policy=window, budget=20)
-    assert made.workspace_bytes == gather + 20 * token + (4 + 1 + 20) * ID
-    # from scale 0 on 16 are written there, and 16 at scale 1
-    made = one_lane("float16", RowFormat(4), 0, policy=window, budget=20)
-    assert made.workspace_bytes == gather + 16 * token + (1 + 1 + 16) * ID
-    # at the last scale everything goes: 32 tokens are exact until then, and move as they are
-    made = one_lane("float16", RowFormat(4), 2)
-    assert made.workspace_bytes == 48 * 32 * 4 + (4 + 1 + 16) * ID
-    # a page is read as a whole, for one token of it
-    schedule = ScaleSchedule.of([4, 4, (1, 1), 1])
-    made = one_lane("float16", RowFormat(4), 2, schedule, window, 1)
-    assert made.workspace_bytes == 17 * 32 * 4 + 16 * (20 + 32 + COEFFICIENTS) + (1 + 1) * ID
+@pytest.mark.parametrize(("groups", "mib"), [(1, 1511), (4, 1777)])
+def test_int4_pages_of_infinity_8b(groups, mib):
+    made = plan("infinity-8b", 8, budget=650, kv_dtype="int4", kv_groups=groups)
+    assert round(made.token_bytes / MIB) == mib
+    assert made.page_format == {"kv_dtype": "int4", "kv_groups": groups, "kv_start": 5}
+    assert (made.page_size, made.exact_page_size) == (64, 16)
+    record = RecordFormat(4, groups).num_bytes(128)
+    assert record == 64 + 4 * groups
+    assert made.bytes_per_page == 2 * 64 * record
+    exact = plan("infinity-8b", 8, budget=650)
+    assert round(exact.token_bytes / MIB) == 5688
+    assert exact.page_format == {"kv_dtype": None, "kv_groups": None, "kv_start": None}
+    assert (exact.records, exact.start_scale) == (None, len(exact.schedule))
 
 
-def test_scratch_of_a_lane_that_shrinks_where_the_policy_chooses():
-    """Survivors are read from the workspace then, no slots of old places are uploaded."""
+def test_the_start_scale_is_where_exact_tokens_would_take_more():
+    """int4 in 16 numbers of float16: 12 bytes for 32; a page of 16 records holds 6 exact ones."""
+    made = one_lane("float16", dim=16)
+    assert made.exact_page_size == 6
+    # 16 tokens take 3 exact pages; the quantised cache never takes more than 2
+    assert made.start_scale == 0
+    made = one_lane("float16", schedule=ScaleSchedule.of([1, 2, 4, 4, 4]), dim=16)
+    # 1, 5, 21 and 37 tokens in exact pages: 1, 1, 4, 7; 37 records in 3
+    assert made.start_scale == 2 and made.page_tokens[:, 0].tolist() == [6, 6, 16, 16, 16]
+    assert made.row_pages[:, 0].tolist() == [1, 1, 2, 3, 0]
+    assert one_lane("float16", 4, ScaleSchedule.of([1, 2, 4, 4, 4]), dim=16).peak_pages == 7
+    # a window of 5 never takes more than its one exact page
+    made = one_lane("float16", policy=SlidingWindow(), budget=5, dim=16)
+    assert made.start_scale == 3 and not made.quantised.any()
 
-    class Shrinking(ScaleKV):
-        def lengths(self, schedule, geometry, budget):
-            return np.array([16, 6, 0]).reshape(3, 1, 1)
 
-    schedule = ScaleSchedule.of([4, (1, 1), 1])
-    geometry = CacheGeometry(1, 1, 4, "float32", "float32")
-    made = plan_generation(geometry, schedule, Shrinking(grid=1), 5, 1, 16)
-    score = 17 * (4 + 4) + 2 * 16  # weights and scores; the query, twice
-    choose = 17 * 4 + 6 * (4 + 3 * ID)
-    assert made.workspace_bytes == 17 * 4 * 8 + max(score, choose) + (1 + 1 + 6) * ID
+def test_a_policy_may_decide_what_is_quantised():
+    schedule = ScaleSchedule.of([4, 4, 4])
+    wanted = np.array([[False, True], [False, True], [True, True]])
+
+    class Early(Full):
+        def allocate(self, problem):
+            return Allocation(Full.allocate(self, problem).tokens, wanted)
+
+    geometry = CacheGeometry(2, 1, 32, "float16", "float16")
+    made = made_of(geometry, schedule, Early(), 1, kv_dtype="int4", page_size=16)
+    assert (made.quantised == wanted).all() and made.start_scale == 0
+    assert made.page_tokens.tolist() == [[5, 16], [5, 16], [16, 16]]
+    # layers one after another: 4 exact pages and 1 of records, 7 and 2, then all of it goes
+    assert made.row_pages.tolist() == [[4, 5], [8, 9], [2, 0]]
+    assert [made.was_quantised(scale, 1) for scale in range(3)] == [False, True, True]
+    asked = made_of(geometry, schedule, Early(), 1, kv_dtype="int4", page_size=16, kv_start=1)
+    assert asked.quantised.tolist() == [[False, False], [True, True], [True, True]]
+    assert not made_of(geometry, schedule, Early(), 1).quantised.any()
 
 
 def test_the_longest_table():
-    """Exact pages hold 4 tokens of float16 where quantised ones hold 16."""
-    made = one_lane("float16", RowFormat(4), 1)
-    assert made.exact_page_size == 4
-    assert made.page_tokens.tolist() == [4, 16, 16]
-    assert made.longest_table(is_quantised=False) == 4  # 16 tokens, read at scale 1
-    assert made.longest_table(is_quantised=True) == 2  # 32 tokens, read at scale 2
-    assert one_lane("float16", None, None).longest_table(is_quantised=True) == 1
-    assert one_lane("float16", RowFormat(4), 0).longest_table(is_quantised=False) == 1
+    """Exact pages hold 5 tokens of float16 where quantised ones hold 16."""
+    made = one_lane("float16", 1)
+    assert made.exact_page_size == 5
+    assert made.page_tokens[:, 0].tolist() == [5, 16, 16]
+    assert made.longest_table(quantised=False) == 4  # 16 tokens, read at scale 1
+    assert made.longest_table(quantised=True) == 2  # 32 tokens, read at scale 2
+    assert one_lane("float16", kv_dtype=None).longest_table(quantised=True) == 1
+    assert one_lane("float16", 0).longest_table(quantised=False) == 1
 
 
 def test_other_rows():
@@ -115,23 +100,107 @@ def test_other_rows():
 
 def test_formats_of_catalogue_models():
     made = plan("infinity-2b", kv_dtype="int8", kv_groups=4, kv_start=3)
-    assert (made.row, made.start_scale) == (RowFormat(8, 4), 3)
-    exact = plan("infinity-2b")
-    assert (exact.row, exact.start_scale) == (None, len(exact.schedule))
+    assert (made.records, made.start_scale) == (RecordFormat(8, 4), 3)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("kv_dtype", "bits"), [("int2", 2), ("int4", 4), ("int8", 8)])
+def test_records_by_hand(kv_dtype, bits, groups):
+    """Four bytes of step size and shift for each group, then the codes."""
+    records = RecordFormat.named(kv_dtype, groups)
+    assert records.num_bytes(128) == 4 * groups + 128 * bits // 8 == 4 * records.words(128)
+    assert records.name == kv_dtype
+    geometry = CacheGeometry(1, 1, 128)
+    assert stored_bytes(geometry, records) == 2 * records.num_bytes(128)
+    assert stored_bytes(geometry, None) == geometry.token_bytes == 512
+
+
+geometries = st.builds(
+    CacheGeometry,
+    st.just(1),
+    st.just(1),
+    st.sampled_from([8, 32, 64, 96, 128]),
+    st.sampled_from(list(DTYPE_BYTES)),
+    st.sampled_from(list(DTYPE_BYTES)),
+)
+
+
+@given(
+    geometry=geometries,
+    bits=st.sampled_from([2, 4, 8]),
+    groups=st.sampled_from([1, 2, 4]),
+    page_size=st.integers(1, 256),
+)
+def test_exact_tokens_in_a_page_by_brute_force(geometry, bits, groups, page_size):
+    records = RecordFormat(bits, groups)
+    try:
+        half = page_size * records.num_bytes(geometry.head_dim)
+    except ValueError:
+        assume(False)
+    unit = max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
+    fitting = [
+        count
+        for count in range(1, half + 1)
+        if count * unit * geometry.head_dim <= half
+        and half % (count * unit) == 0
+        and (count < 16 or count % 16 == 0)
+    ]
+    if not fitting:
+        with pytest.raises(ValueError, match=f"page_size {page_size} is too small"):
+            exact_page_size(geometry, records, page_size)
+        return
+    count = exact_page_size(geometry, records, page_size)
+    assert count == max(fitting)
+    assert exact_page_size(geometry, None, page_size) == page_size
+    dtype = max((geometry.key_dtype, geometry.value_dtype), key=DTYPE_BYTES.get)
+    layout = PageLayout(count, half, geometry.head_dim, dtype)
+    assert layout.stride_bytes * count == half and layout.width == geometry.head_dim
+
+
+@given(half=st.integers(1, 2**14).map(lambda n: 4 * n), token=st.integers(1, 2**12))
+def test_tokens_that_fit_the_pages_of_a_pool(half, token):
+    """A power of two, each at a multiple of four bytes."""
+    fitting = [
+        2**n for n in range(15) if 2**n * token <= half and (n == 0 or half % (4 * 2**n) == 0)
+    ]
+    if not fitting:
+        with pytest.raises(ValueError, match=f"pages at least {2 * token} bytes"):
+            fitting_page_size(half, token)
+    else:
+        assert fitting_page_size(half, token) == max(fitting)
+
+
+def test_plans_for_the_pages_of_a_pool():
+    """Page bytes are given: as many records and exact tokens as fit."""
+    geometry = CacheGeometry(1, 1, 32, "float16", "float16")
+    options = CacheOptions("full", kv_dtype="int4", kv_start=1)
+    made = make_plan(geometry, SCHEDULE, Full(), options, 1, page_bytes=2048)
+    assert (made.page_size, made.exact_page_size) == (32, 16)  # of 20 and 64 bytes in 1024
+    assert made.bytes_per_page == 2048 and made.row_pages[:, 0].tolist() == [1, 1, 0]
+    assert made.layout(quantised=True).stride_bytes == 32
+    assert made.layout(quantised=False).stride_bytes == 64
+
+
+@pytest.mark.parametrize("half", [10, 62])
+def test_layouts_that_cannot_be(half):
+    with pytest.raises(ValueError, match=r"do not fit half a page|no whole number of bytes"):
+        PageLayout(4, half, 8, "float16")
 
 
 def test_bad_formats():
-    row = RowFormat(4)
     for start in (True, 1.0, "1"):
         with pytest.raises(ValueError, match=r"^kv_start must be a scale, got"):
-            one_lane("float16", row, start)
+            one_lane("float16", start)
     for start in (-1, 3):
         message = rf"^kv_start must be a scale in 0\.\.2, got {start}$"
         with pytest.raises(ValueError, match=message):
-            one_lane("float16", row, start)
-    assert one_lane("float16", row, 2).start_scale == 2
+            one_lane("float16", start)
+    assert one_lane("float16", 2).start_scale == 2
     with pytest.raises(ValueError, match=r"^kv_start 1 goes with a kv_dtype$"):
-        one_lane("float16", None, 1)
-    assert one_lane("float16", row, 1, page_size=1024).page_size == 1024
+        one_lane("float16", 1, kv_dtype=None)
+    assert one_lane("float16", 1, page_size=1024).page_size == 1024
     with pytest.raises(ValueError, match=r"^quantised pages hold at most 1024 tokens, got 2048$"):
-        one_lane("float16", row, 1, page_size=2048)
+        one_lane("float16", 1, page_size=2048)
+    for bits in (0, 3, 16):
+        with pytest.raises(ValueError, match=rf"bits must be one of \[2, 4, 8\], got {bits}"):
+            RecordFormat(bits)
