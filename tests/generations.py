@@ -1,16 +1,17 @@
 """Whole generations beside a dense copy of what every lane holds: P2, P4, P5 and P8 by steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from kvruntime import PagedKVCache
-from kvruntime.quantize import dequantize, quantize
+from kvruntime import CacheOptions, PagedKVCache
+from kvruntime.planning.regions import Kind
 from policies import CacheGeometry
-from tests.support import Spy, dense_attention, policies, schedules
+from tests.lanes import Dense, check_attention, check_contents
+from tests.support import Spy, policies, schedules
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 5e-3}
 
@@ -23,19 +24,27 @@ class Case:
     budget: int
     page_size: int
     rows: int
-    workspace_limit: int
+    workspace: int
     options: dict
 
-    def cache(self, **options):
+    @property
+    def softmax_scale(self):
+        return self.geometry.head_dim**-0.5
+
+    def cache(self, pool=None, **options):
+        chosen = CacheOptions(
+            policy=self.policy,
+            budget=self.budget,
+            page_size=self.page_size,
+            workspace=self.workspace,
+            **self.options,
+        )
         return PagedKVCache(
             self.geometry,
             self.schedule,
-            self.policy,
-            self.budget,
-            page_size=self.page_size,
-            workspace_limit=self.workspace_limit,
-            **self.options,
-            **options,
+            replace(chosen, **options),
+            softmax_scale=self.softmax_scale,
+            pool=pool,
         )
 
 
@@ -73,161 +82,77 @@ def cases(
         draw(st.one_of(st.just(page_size), st.integers(1, max(1, schedule.history + 2)))),
         page_size,
         draw(st.integers(1, 3)),
-        draw(st.sampled_from([1, 2000, 2**28])),
+        draw(st.sampled_from([1, 20_000, 2**28])),
         options,
     )
     try:
         case.cache()
-    except (
-        ValueError
-    ):  # a budget that this policy, or a format that this head dimension, cannot use
+    except ValueError:  # a budget that this policy, or a format that this head, cannot use
         assume(False)
     return case
 
 
-def fresh(case, scale, layer):
+def fresh(case, scale, layer, rows=None, seed=0):
     """q, k, v of a step: the same whenever it is asked again."""
-    generator = torch.Generator().manual_seed(scale * 100 + layer)
-    shape = (case.rows, case.schedule.tokens[scale], case.geometry.heads, case.geometry.head_dim)
+    generator = torch.Generator().manual_seed(seed * 10_000 + scale * 100 + layer)
+    tokens, heads = case.schedule.tokens[scale], case.geometry.heads
+    shape = (rows or case.rows, tokens, heads, case.geometry.head_dim)
     dtype = getattr(torch, case.geometry.key_dtype)
     return tuple(torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
 
 
-class Dense:
-    """One layer's lanes as plain tensors, kept by the policy's recorded choices."""
-
-    def __init__(self, case):
-        self.case = case
-        dtype = getattr(torch, case.geometry.key_dtype)
-        empty = torch.zeros(2, 0, case.geometry.head_dim, dtype=dtype)  # K and V
-        heads = range(case.geometry.heads)
-        self.lanes = [[empty for _ in heads] for _ in range(case.rows)]
-        self.exact = [[0 for _ in heads] for _ in range(case.rows)]  # of the newest tokens
-        self.numbers = np.empty(0, dtype=np.int64)  # of the tokens, for policies without queries
-
-    def change(self, function):
-        for r, row in enumerate(self.lanes):
-            for h, lane in enumerate(row):
-                row[h] = function(r, h, lane)
-
-    def add(self, k, v, scale):
-        self.change(lambda r, h, lane: torch.cat((lane, torch.stack((k[r, :, h], v[r, :, h]))), 1))
-        self.numbers = np.concatenate((self.numbers, np.arange(*self.case.schedule.span(scale))))
-
-    def quantise(self, row, first):
-        """What is stored now for the first time in this format, from token ``first`` on, loses
-        precision; what was stored before does not change again.
-        """
-
-        def rounded(r, h, lane):
-            into = lane.clone()
-            dequantize(quantize(lane, row), row, into)
-            return torch.cat((lane[:, : first[h]], into[:, first[h] :]), 1)
-
-        self.change(rounded)
-
-    def keep(self, scale, lengths, before, chosen):
-        """Drop what the policy did not choose. chosen: the (step, places) of this step, by
-        chunk.
-        """
-        if not chosen:
-            assert (lengths == before + self.case.schedule.tokens[scale]).all()
-            return
-        padded = int(before.max())
-        if isinstance(chosen[0][1], np.ndarray):
-            ((step, places),) = chosen
-            numbers = step.tokens[places]
-            assert np.unique(numbers).size == numbers.size == lengths[0]
-            mine = [int(np.flatnonzero(self.numbers == number)[0]) for number in numbers]
-            self.change(lambda r, h, lane: lane[:, mine])
-            self.numbers = self.numbers[mine]
-            return
-        by_row = torch.cat([places for _, places in chosen])
-
-        def kept(r, h, lane):
-            mine, short = by_row[r, h, : int(lengths[h])], int(before[h])
-            assert mine.unique().numel() == lengths[h]
-            assert not ((mine >= short) & (mine < padded)).any(), "kept an empty place"
-            return lane[:, torch.where(mine >= padded, mine - padded + short, mine)]
-
-        self.change(kept)
-
-
-def check_tables(cache, scale, layer):
-    """P4 and P5 after a step."""
-    run, plan, allocator = cache._run, cache._plan, cache._executor.pool.allocator
-    allocator.check()
+def check_tables(generation, scale, layer):
+    """P4 and P5 after a step, where the pool serves this generation alone."""
+    plan, pool = generation.plan, generation._runner.pool
+    pool.check()
     live = 0
-    for tables in run.tables:
-        for index, table in enumerate(tables):
-            table.check()
-            at = scale if index <= layer else scale - 1
-            lengths = plan.lengths[at, index] if at >= 0 else np.zeros_like(table.lengths)
-            size = plan.page_size if at >= plan.start_scale else plan.exact_page_size
-            assert (table.lengths == lengths).all() and table.page_size == size
-            assert (table.num_pages == -(-lengths // size)).all()
-            live += table.owned().size
-    assert allocator.num_live == live == plan.rows * plan.row_pages[scale, layer]
+    for index, table in enumerate(generation._tables):
+        at = scale if index <= layer else scale - 1
+        lengths = plan.tokens[at, index] if at >= 0 else np.zeros_like(plan.tokens[0, 0])
+        assert (table.lengths == lengths).all()
+        size = plan.page_tokens[at, index] if at >= 0 else 1
+        assert (table.num_pages == -(-lengths // size)).all()
+        live += table.owned().size
+    assert pool.allocator.num_live == live == plan.rows * plan.row_pages[scale, layer]
 
 
-def check_contents(cache, scale, layer, dense):
-    """Every lane holds what it should, bit for bit, in any order."""
-    run, plan = cache._run, cache._plan
-    pool, head_dim = cache._executor.pool, plan.geometry.head_dim
-    pages = pool.quantised if scale >= plan.start_scale else pool.exact
-    for rows, tables in zip(run.chunks, run.tables, strict=True):
-        table = tables[layer]
-        ids = torch.from_numpy(table.pages.astype(np.int64))
-        shape = (*ids.shape[:2], ids.shape[2] * pages.page_size, head_dim)
-        keys, values = (torch.zeros(shape, dtype=pool.exact.keys.dtype) for _ in "kv")
-        pages.gather(ids, int(table.lengths.max()), keys, values)
-        for r, lanes in enumerate(dense.lanes[rows]):
-            for h, lane in enumerate(lanes):
-                length = int(table.lengths[h])
-                held = torch.cat((keys[r, h, :length], values[r, h, :length]), 1)
-                assert sorted(held.tolist()) == sorted(torch.cat(tuple(lane), 1).tolist())
-
-
-def spoil(cache):
-    """Whatever a page or the workspace held before must not matter: all of it is NaN."""
-    executor = cache._executor
-    for part in (executor.pool.exact.keys, executor.pool.exact.values, *executor._workspace):
-        part.fill_(torch.nan)
-    if executor.pool.quantised is not None:
-        for part in (executor.pool.quantised.keys, executor.pool.quantised.values):
-            part.fill_(-1)  # NaN for scale and shift
+def spoil(cache, generation):
+    """Whatever the workspace or a page that is free held before must not matter: it is NaN."""
+    workspaces, pool = cache._workspaces, generation._runner.pool
+    workspace = workspaces.borrow(generation.plan.scratch_bytes)
+    workspace.memory.fill_(0xFF)
+    workspaces.give_back(workspace)
+    is_free = torch.from_numpy(pool.allocator.references(range(pool.num_pages)) == 0)
+    for part in (pool.keys, pool.values, pool.weights):
+        part[is_free] = 0xFF
 
 
 def check_generation(case, cache, tolerance):
-    """Draw, and compare each step's attention with the dense one over what should be kept."""
-    heads = case.geometry.heads
-    softmax_scale = case.geometry.head_dim**-0.5
-    with cache.open(case.rows):
-        spoil(cache)
-        plan = cache._plan
+    """Draw, and compare each step's attention with the dense one over what should be kept, then
+    what is kept with what the policy chose.
+    """
+    with cache.open(case.rows) as generation:
+        plan = generation.plan
         layers = [Dense(case) for _ in range(case.geometry.layers)]
         for scale in range(len(case.schedule)):
             for layer, dense in enumerate(layers):
                 q, k, v = fresh(case, scale, layer)
                 case.policy.chosen.clear()
-                out = cache.attend(layer, q, k, v)
-                before = np.array([lane.shape[1] for lane in dense.lanes[0]])
+                spoil(cache, generation)
+                out = generation.attend(layer, q, k, v)
+                before = dense.lengths
                 dense.add(k, v, scale)
-                for r in range(case.rows):
-                    for h in range(heads):
-                        wanted = dense_attention(q[r, :, h], *dense.lanes[r][h], softmax_scale)
-                        error = (out[r, :, h].double() - wanted).abs().max()
-                        assert error < tolerance, f"scale {scale}, layer {layer}: {error}"
-                check_tables(cache, scale, layer)
-                if scale + 1 == len(case.schedule):
-                    continue
-                if scale >= plan.start_scale:
-                    done = before if scale > plan.start_scale else np.zeros(heads, dtype=np.int64)
-                    dense.quantise(plan.row, done)
-                dense.keep(scale, plan.lengths[scale, layer], before, case.policy.chosen)
-                check_contents(cache, scale, layer, dense)
-        stats = cache.stats
+                check_attention(dense, q, out, tolerance, f"scale {scale}, layer {layer}")
+                check_tables(generation, scale, layer)
+                shape = plan.shape(scale, layer, min(plan.chunk_rows, case.rows))
+                folded = any(choice.selection.into is not None for choice in case.policy.chosen)
+                assert folded == (shape.kind is Kind.FOLD)
+                dense.keep(plan, scale, layer, before)
+                check_contents(generation, scale, layer, dense)
+        stats = generation.stats
         assert stats.live_pages == 0, "the last scale leaves pages"
-        assert stats.planned_pages == stats.peak_pages
+        assert stats.planned_pages == stats.peak_pages == plan.peak_pages
         assert [record.scale for record in stats.timeline] == list(range(len(case.schedule)))
-    assert cache.stats.live_pages == 0
+        pool = generation._runner.pool
+        assert pool.allocator.high_water == plan.peak_pages
+    assert pool.stats.live_pages == pool.stats.reserved_pages == 0

@@ -97,8 +97,9 @@ class Positions:
         if scale and not self._policy.needs.content:
             numbers = self._resolve(scale - 1, layer)[1]
         was = bool(self._quantised[scale - 1, layer]) if scale else False
-        handed_over = bool(self._quantised[scale, layer]) != was and bool(before.any())
-        key = (scale, before.tobytes(), after.tobytes(), handed_over, numbers.tobytes())
+        becomes = bool(self._quantised[scale, layer])
+        handed_over = becomes != was and bool(before.any())
+        key = (scale, before.tobytes(), after.tobytes(), was, becomes, numbers.tobytes())
         if key not in self._steps:  # layers that are alike share what is worked out
             self._steps[key] = self._work_out(scale, layer, before, after, handed_over, numbers)
         self._resolved[scale, layer] = self._steps[key]
