@@ -27,7 +27,7 @@ class Plan:
     quantised: whether a layer's tokens are records after a scale, bool [scales, layers].
     page_size, exact_page_size: records in a page, and exact tokens in one: pages are equally large.
     bytes_per_page, weight_bytes_per_page: of a page's K and V, and of its log weights.
-    positions: what the host knows of every step.
+    positions: what the host knows of every step. declared, shapes: what was worked out already.
     declared, row_shapes: what was worked out already, shared by plans of other rows.
     Always: peak_pages == rows * max(row_pages);
         page_bytes == peak_pages * (bytes_per_page + weight_bytes_per_page).
@@ -48,6 +48,7 @@ class Plan:
     weight_bytes_per_page: int
     positions: Positions
     declared: dict[StepShape, StepRegions] = field(default_factory=dict, repr=False)
+    shapes: dict[tuple[int, int, int], StepShape] = field(default_factory=dict, repr=False)
     row_shapes: set[StepShape] = field(default_factory=set, repr=False)
 
     @cached_property
@@ -190,6 +191,11 @@ class Plan:
 
     def shape(self, scale: int, layer: int, rows: int) -> StepShape:
         """The sizes of this layer's step for so many rows."""
+        if (scale, layer, rows) not in self.shapes:
+            self.shapes[scale, layer, rows] = self._shape(scale, layer, rows)
+        return self.shapes[scale, layer, rows]
+
+    def _shape(self, scale: int, layer: int, rows: int) -> StepShape:
         before, after = self.lengths_before(scale, layer), self.tokens[scale, layer]
         was, becomes = self.was_quantised(scale, layer), bool(self.quantised[scale, layer])
         known = self.positions.step(scale, layer)

@@ -92,9 +92,9 @@ def test_full_is_bit_identical_and_detach_restores(var, autocast):
 def test_negative_control_a_wrong_cache_changes_the_picture(var, monkeypatch):
     own_attention(var)
     own = draw(var)
-    write = kvruntime.executor.write
+    write = kvruntime.step.shift.write
     monkeypatch.setattr(
-        kvruntime.executor, "write", lambda pages, slots, new: write(pages, slots, -new)
+        kvruntime.step.shift, "write", lambda pages, slots, new: write(pages, slots, -new)
     )
     with kvruntime.attach(var, "full", 1.0):
         wrong = draw(var)
