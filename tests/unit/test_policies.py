@@ -1,4 +1,6 @@
-"""Each policy against its source: published budgets, selections worked out by hand."""
+"""ScaleKV against its source: published budgets, roles, selections worked out by hand; budgets
+and schedules.
+"""
 
 from dataclasses import replace
 
@@ -10,17 +12,20 @@ from hypothesis import strategies as st
 
 from policies import (
     AMSKV,
+    POLICY_NAMES,
     CacheGeometry,
+    Candidates,
+    Problem,
     ScaleKV,
     ScaleSchedule,
-    SlidingWindow,
-    Step,
-    StreamingLLM,
+    StepSizes,
     load_preset,
     make_policy,
 )
-from policies.ams_kv import ams_kv_from
-from policies.scalekv import drafters_from_selectivity, patch_centres, split_budget
+from policies.budgets import split_budget
+from policies.scalekv import drafters_from_selectivity
+from policies.scoring import patch_centres
+from policies.scratch import lend
 from tests.support import profile_of, schedules
 
 INFINITY_1M = ScaleSchedule.of([1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64])
@@ -30,20 +35,26 @@ PUBLISHED = {
 }
 
 
+def tokens_of(policy, schedule, layers, budget):
+    """Tokens of a lane, [scales, layers]; the same for all heads."""
+    tokens = policy.allocate(Problem(CacheGeometry(layers, 2, 1), schedule, budget)).tokens
+    assert (tokens == tokens[:, :, :1]).all() and not tokens[-1].any()
+    return tokens[:, :, 0]
+
+
 @pytest.mark.parametrize("name", ["infinity-2b", "infinity-8b"])
 def test_the_rule_regenerates_the_published_budgets(name):
     """METHODS 1.2: nine pairs exactly; 8B's last one is shipped as 6200/200, the rule says
     6348/188.
     """
     preset = load_preset(name)
-    geometry = CacheGeometry(preset.layers, 1, 1)
     by_rule = replace(make_policy("scalekv", None, preset), published=None)
     as_published = make_policy("scalekv", None, preset)
     for policy, wanted in (
         (by_rule, PUBLISHED[name]),
         (as_published, [*PUBLISHED[name][:4], preset.budgets[4]]),
     ):
-        lengths = policy.lengths(INFINITY_1M, geometry, 650)[:, :, 0]
+        lengths = tokens_of(policy, INFINITY_1M, preset.layers, 650)
         for index, (drafter, refiner) in enumerate(wanted):
             layers = set(preset.drafters[index])
             for layer in range(preset.layers):
@@ -60,7 +71,7 @@ def test_scalekv_budgets(schedule, budget, layers, data):
         st.lists(st.frozensets(st.integers(0, layers - 1)), min_size=1, max_size=len(schedule))
     )
     policy = ScaleKV(tuple(roles), grid=2)
-    tokens = policy.lengths(schedule, CacheGeometry(layers, 1, 1), budget)[:-1, :, 0]
+    tokens = tokens_of(policy, schedule, layers, budget)[:-1]
     held = np.zeros(layers, dtype=np.int64)
     for scale, line in enumerate(tokens):
         held = held + schedule.tokens[scale]
@@ -117,10 +128,9 @@ def test_drafters_are_the_pairs_with_the_smallest_z_score():
 
 
 def test_drafter_layers_must_exist():
-    with pytest.raises(ValueError, match="not one of the 4 layers"):
-        ScaleKV((frozenset({4}),)).lengths(INFINITY_1M, CacheGeometry(4, 1, 1), 650)
-    with pytest.raises(ValueError, match="not one of the 4 layers"):
-        AMSKV(frozenset({4})).lengths(INFINITY_1M, CacheGeometry(4, 1, 1), 650)
+    for policy in (ScaleKV((frozenset({4}),)), AMSKV(frozenset({4}))):
+        with pytest.raises(ValueError, match="not one of the 4 layers"):
+            tokens_of(policy, INFINITY_1M, 4, 650)
 
 
 @pytest.mark.parametrize(
@@ -146,41 +156,68 @@ def test_patch_centres_are_tokens_of_the_scale(schedule, grid):
         assert centres.min() >= 0 and centres.max() < tokens
 
 
-def a_step(schedule, scale, cached, keep, rows=1, heads=1, dim=4, **changes):
-    fresh = schedule.tokens[scale]
+def content_of(policy, schedule, scale, cached, keep, rows=2, dim=4, dtype="float32", bias=None):
+    """Random candidates of a step, with the scratch that the policy declares."""
+    heads, fresh = len(keep), schedule.tokens[scale]
     generator = torch.Generator().manual_seed(0)
-    step = Step(
+    kind = getattr(torch, dtype)
+    q = torch.randn(rows, fresh, heads, dim, generator=generator).to(kind)
+    keys, values = torch.randn(2, rows, heads, cached + fresh, dim, generator=generator).to(kind)
+    sizes = StepSizes(rows, heads, dim, dtype, cached, fresh, max(keep))
+    scratch = lend(policy.scratch(sizes), torch.device("cpu"))
+    for part in scratch.values():
+        part.fill_(torch.nan if part.is_floating_point() else 77)
+    return Candidates(
         schedule,
         scale,
         0,
-        np.full(heads, keep),
-        np.concatenate([cached, np.arange(*schedule.span(scale))]),
-        torch.randn(rows, fresh, heads, dim, generator=generator),
-        torch.randn(rows, heads, len(cached) + fresh, dim, generator=generator),
-        None,
+        np.array(keep),
+        torch.empty(0, dtype=torch.int64),
+        q,
+        keys,
+        values,
+        bias,
         0.5,
+        scratch,
     )
-    return replace(step, **changes)
 
 
 @pytest.mark.parametrize("pool", [1, 3])
-def test_scalekv_selects_the_window_and_the_most_attended_others(pool):
-    schedule = ScaleSchedule.of([4, 4])
-    step = a_step(schedule, 1, np.arange(16), 12, rows=2, heads=3)
-    step = replace(step, schedule=ScaleSchedule.of([4, 4, 4]))
-    places = ScaleKV(grid=2, pool=pool).select(step)
-    assert places.shape == (2, 3, 12)
-    window = [16 + centre for centre in patch_centres((4, 4), 2)]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("keep", [(12, 12, 12), (12, 5, 9)])
+def test_scalekv_selects_the_window_and_the_most_attended_others(pool, dtype, keep):
+    schedule = ScaleSchedule.of([4, 4, 4])
+    policy = ScaleKV(grid=2, pool=pool)
+    candidates = content_of(policy, schedule, 1, 16, keep, dtype=dtype)
+    selection = policy.select(candidates)
+    assert selection.keep.shape == (2, 3, 12) and selection.into is None
+    centres = patch_centres((4, 4), 2)
+    window = [16 + centre for centre in centres]
     for row in range(2):
         for head in range(3):
-            q = step.queries[row, patch_centres((4, 4), 2), head].double()
-            weights = (q @ step.keys[row, head].double().t() * 0.5).softmax(-1).sum(0)
+            q = candidates.queries[row, centres, head].double()
+            weights = (q @ candidates.keys[row, head].double().t() * 0.5).softmax(-1).sum(0)
             if pool == 3:
                 padded = [weights[max(0, i - 1) : i + 2].mean() for i in range(32)]
                 weights = torch.stack(padded)
             weights[window] = torch.inf
-            wanted = sorted(weights.topk(12).indices.tolist())
-            assert places[row, head].tolist() == wanted
+            wanted = sorted(weights.topk(keep[head]).indices.tolist())
+            assert selection.keep[row, head, : keep[head]].tolist() == wanted
+
+
+def test_log_weights_and_missing_candidates_count_in_scores():
+    """A candidate that stands for many tokens gets their attention; one that is not there none."""
+    schedule = ScaleSchedule.of([4, 4, 4])
+    policy = ScaleKV(grid=2)
+    bias = torch.zeros(2, 1, 1, 32)
+    bias[:, :, :, 3] = 9.0
+    bias[:, :, :, 10:16] = -torch.inf
+    candidates = content_of(policy, schedule, 1, 16, (6,), bias=bias)
+    kept = policy.select(candidates).keep
+    assert (kept == 3).any(-1).all()
+    everything = content_of(policy, schedule, 1, 16, (26,), bias=bias)
+    kept = policy.select(everything).keep
+    assert kept[0, 0].tolist() == kept[1, 0].tolist() == [*range(10), *range(16, 32)]
 
 
 def test_scalekv_parameters():
@@ -194,105 +231,33 @@ def test_scalekv_parameters():
             ScaleKV(pool=pool)
 
 
-def kept_tokens(policy, step):
-    return step.tokens[policy.select(step)].tolist()
+def test_budgets_below_the_window_or_of_nothing():
+    for name, budget, message in (
+        ("scalekv", 15, "budget 15 is below the window of 16 tokens"),
+        ("centroid", 0, "a budget of 0 tokens of 6425 of history keeps none"),
+        ("sliding_window", -1, "a budget of -1 tokens of 6425 of history keeps none"),
+        ("streaming_llm", 4, "budget 4 leaves nothing beside 4 sinks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokens_of(make_policy(name), INFINITY_1M, 2, budget)
 
 
-def test_sliding_window_keeps_the_newest_wherever_they_lie():
-    schedule = ScaleSchedule.of([1, 2, 3, 4])
-    step = a_step(schedule, 2, np.array([4, 0, 2]), 11)
-    assert sorted(kept_tokens(SlidingWindow(), step)) == [2, 4, *range(5, 14)][-11:]
-
-
-def test_streaming_llm_keeps_sinks_and_the_newest():
-    schedule = ScaleSchedule.of([1, 2, 3, 4])
-    step = a_step(schedule, 2, np.array([4, 0, 2, 1, 3]), 7)
-    assert sorted(kept_tokens(StreamingLLM(2), step)) == [0, 1, 9, 10, 11, 12, 13]
-    with pytest.raises(ValueError, match="sinks must be positive, got 0"):
-        StreamingLLM(0)
-
-
-def test_ams_kv_keeps_condensed_and_newest_scales():
-    schedule = ScaleSchedule.of([1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
-    geometry = CacheGeometry(2, 1, 1)
-    # C_min = 60, C_max = 140: layer 0 demands
-    policy = AMSKV(frozenset({0}), min_share=0.6)
-    assert policy.capacities(2, 100).tolist() == [140, 60]
-    lengths = policy.lengths(schedule, geometry, 100)[:, :, 0]
-    assert lengths[5].tolist() == [91, 91], "nothing is dropped while the history fits"
-    # scale 6 (64 tokens): layer 0 keeps 1 + 4, 36, 64 and 25; layer 1 cannot cache 64, keeps 36
-    assert lengths[6].tolist() == [5 + 25 + 36 + 64, 5 + 36]
-    # scale 7 (100 tokens): layer 0 keeps 5 + 100; layer 1 keeps what it has
-    assert lengths[7].tolist() == [105, 41]
-    assert lengths[8].tolist() == [105, 41], "169 tokens fit in neither"
-    step = a_step(schedule, 6, np.arange(91), 130)
-    assert sorted(kept_tokens(policy, step)) == [*range(5), *range(30, 155)]
-    step = a_step(schedule, 6, np.arange(91), 41, layer=1)
-    assert sorted(kept_tokens(policy, step)) == [*range(5), *range(55, 91)]
-
-
-@given(schedule=schedules, budget=st.integers(1, 60), layers=st.integers(1, 4), data=st.data())
-def test_ams_kv_holds_whole_scales_within_the_budget(schedule, budget, layers, data):
-    policy = AMSKV(
-        data.draw(st.frozensets(st.integers(0, layers - 1))),
-        data.draw(st.floats(0.05, 1.0)),
-        data.draw(st.integers(1, 2)),
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_needs(name):
+    policy = make_policy(name)
+    assert policy.name == name
+    needs = {"scalekv": (16, False, True), "centroid": (16, True, True)}.get(
+        name, (0, False, False)
     )
-    try:
-        lengths = policy.lengths(schedule, CacheGeometry(layers, 1, 1), budget)[:, :, 0]
-    except ValueError:
-        assume(False)
-    capacities = policy.capacities(layers, budget)
-    assert capacities.sum() <= budget * layers
-    for layer in range(layers):
-        held = np.empty(0, dtype=np.int64)
-        for scale in range(len(schedule) - 1):
-            keep = int(lengths[scale, layer])
-            step = a_step(schedule, scale, held, keep, layer=layer)
-            held = step.tokens[policy.select(step)]
-            if scale >= policy.condensed and schedule.seen[scale] > budget:
-                assert held.size <= capacities[layer]
-            whole = {s for s in range(scale + 1) if schedule.span(s)[0] in held}
-            wanted = [token for s in whole for token in range(*schedule.span(s))]
-            assert sorted(held.tolist()) == sorted(wanted)
-            pinned = set(range(min(policy.condensed, scale + 1)))
-            assert pinned <= whole
-            rest = sorted(whole - pinned)
-            assert rest == list(range(rest[0], rest[-1] + 1)) if rest else True
-
-
-@pytest.mark.parametrize(("sizes", "condensed"), [([4, 8], 2), ([4, 8, 9], 3)])
-def test_ams_kv_refuses_pinned_scales_beyond_the_budget(sizes, condensed):
-    with pytest.raises(ValueError, match="budget 5 gives a layer 5 tokens"):
-        AMSKV(condensed=condensed).lengths(ScaleSchedule.of(sizes), CacheGeometry(1, 1, 1), 5)
+    assert (policy.needs.queries, policy.needs.weights, policy.needs.content) == needs
+    scratch = policy.scratch(StepSizes(1, 1, 4, "float32", 3, 2, 4))
+    assert bool(scratch) == policy.needs.content
+    with pytest.raises(ValueError, match=f"unknown policy 'lru'; there are .*{name}"):
+        make_policy("lru")
 
 
 def test_numpy_sides_make_a_schedule():
     assert ScaleSchedule.of(np.array([1, 2])) == ScaleSchedule.of([1, (2, 2)])
-
-
-def test_a_profile_of_one_scale_gives_no_roles():
-    profile = profile_of(ScaleSchedule.of([3]), 4)
-    assert drafters_from_selectivity(profile, 0.5) == ()
-    assert len(ams_kv_from(profile).demanding) == 1
-
-
-def test_ams_kv_parameters():
-    for share in (0.0, 1.1):
-        with pytest.raises(ValueError, match="min_share must be in"):
-            AMSKV(min_share=share)
-    with pytest.raises(ValueError, match="condensed must be positive, got 0"):
-        AMSKV(condensed=0)
-
-
-def test_ams_kv_takes_the_layers_whose_keys_change_most():
-    schedule = ScaleSchedule.of([1, 2, 3])
-    profile = profile_of(schedule, 4).model_copy(
-        update={"similarity": ((0.0,) * 4, (-0.1, -0.9, -0.2, -0.8), (-0.1, -0.9, -0.2, -0.8))}
-    )
-    assert ams_kv_from(profile, share=0.5).demanding == {1, 3}
-    assert ams_kv_from(profile, share=0.01).demanding == {1}
-    assert ams_kv_from(None) == AMSKV()
 
 
 @pytest.mark.parametrize(
@@ -318,12 +283,16 @@ def test_geometry_is_validated(arguments, message):
         CacheGeometry(*arguments)
 
 
-@given(schedule=schedules, share=st.floats(0.0001, 1.0))
-def test_a_fraction_never_keeps_more_than_it_says_nor_nothing(schedule, share):
-    if schedule.history and share * schedule.history < 1 - 1e-6:
-        with pytest.raises(ValueError, match="keeps none"):
-            schedule.resolve(share)
-    elif schedule.history:
-        tokens = schedule.resolve(share)
-        assert 1 <= tokens <= share * schedule.history + 1e-6
-        assert tokens > share * schedule.history - 1
+@given(schedule=schedules, share=st.floats(0.0001, 1.0), count=st.integers(1, 200))
+def test_budgets_resolve_to_tokens(schedule, share, count):
+    """A fraction of the history rounds down, to none where it is so small; counts are capped."""
+    tokens = schedule.resolve(share)
+    assert share * schedule.history - 1 < tokens <= share * schedule.history + 1e-6
+    assert schedule.resolve(1.0) == schedule.history
+    assert schedule.resolve(count) == min(count, schedule.total)
+
+
+def test_fractions_that_are_just_whole():
+    """0.29 x 100 is 28.999999999999996 in binary."""
+    assert ScaleSchedule.of([10, 1]).resolve(0.29) == 29
+    assert INFINITY_1M.resolve(0.10) == 642
