@@ -108,7 +108,8 @@ class Centroid:
         if most > first:
             misfit = part_of(scratch["misfit"], *rest.shape)
             torch.linalg.vector_norm(rest_keys, dim=-1, out=misfit)
-            misfit.square_().sub_(found[0], alpha=2.0).clamp_(min=0.0).sqrt_()
+            # above zero: a score of -1, where no token is, stays below those of tokens
+            misfit.square_().sub_(found[0], alpha=2.0).clamp_(min=1e-30).sqrt_()
             by_head = misfit.mul_(ranked[:, least:]).view(rows, heads, -1)
             if first > least:  # a seed cannot be chosen again
                 unused = beyond(tuple((firsts - least).tolist()), keys.device)
@@ -119,7 +120,7 @@ class Centroid:
             _compare(keys, rest_keys, flat[:, first:], keep - firsts, found[1], nearest[1], scratch)
             nearest[1].add_(first)
             torch.where(found[1] > found[0], nearest[1], nearest[0], out=nearest[0])
-        if first > least:
+        if (keep != most).any():
             unused = beyond(tuple(firsts.tolist()), keys.device)
             seeds[:, :, :first].masked_fill_(unused, count)
             unused = beyond(tuple((keep - firsts).tolist()), keys.device)
