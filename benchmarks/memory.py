@@ -1,65 +1,187 @@
-"""Bytes of the tensors that the runtime itself allocates, from torch.profiler's memory events."""
+"""Bytes of the tensors that the runtime itself allocates, from torch.profiler's memory events,
+beside what the plan says.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import torch
+from rich.progress import Progress
+from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kvruntime import PagedKVCache
+from benchmarks.ragged import RAGGED
+from kvruntime import CacheGeometry, CacheOptions, Generation, PagedKVCache, Policy, ScaleSchedule
+from policies import POLICY_NAMES, TORCH_DTYPES, make_policy
 
 SCOPE = "kvruntime"
 KERNEL = "aten::scaled_dot_product_attention"  # its buffers and output are the model's own as well
+SCOPED = ((PagedKVCache, "open"), (Generation, "attend"))
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A generation whose pages and workspace are of similar size."""
+
+    schedule: ScaleSchedule
+    rows: int
+    layers: int
+    heads: int
+    head_dim: int
+    budget: float
+    dtypes: tuple[str, ...]
+
+
+FULL = Sizes(
+    ScaleSchedule.of([1, 2, 4, 8, 16, 24]), 4, 6, 4, 64, 0.4, ("float32", "bfloat16", "float16")
+)
+TINY = Sizes(ScaleSchedule.of([1, 2, 4, 8, 12]), 2, 6, 4, 64, 0.4, ("bfloat16",))
+
+
+def run(
+    repeats: int, progress: Progress | None, sizes: Sizes = FULL, policies: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """Measured against planned bytes: every policy and the ragged ones, exact and int4 pages, all
+    rows at once and one at a time. Nothing is timed: ``repeats`` does not matter. policies: some
+    of them; none are all.
+    """
+    even: list[Policy] = [make_policy(name) for name in POLICY_NAMES]
+    chosen = [policy for policy in (*even, *RAGGED) if not policies or policy.name in policies]
+    cases = [
+        (policy, dtype, kv_dtype, chunks)
+        for policy in chosen
+        for dtype in sizes.dtypes
+        for kv_dtype in (None, "int4")
+        for chunks in (1, sizes.rows)
+    ]
+    bar = progress.add_task("measuring", total=len(cases)) if progress else None
+    results = []
+    for policy, dtype, kv_dtype, chunks in cases:
+        results.append(measure(sizes, policy, dtype, kv_dtype, chunks))
+        if progress and bar is not None:
+            progress.advance(bar)
+    return results
+
+
+def measure(
+    sizes: Sizes, policy: Policy, dtype: str, kv_dtype: str | None, chunks: int
+) -> dict[str, Any]:
+    """One generation, its first: the pool and the workspace are made in it."""
+    geometry = CacheGeometry(sizes.layers, sizes.heads, sizes.head_dim, dtype, dtype)
+    cache = PagedKVCache(
+        geometry,
+        sizes.schedule,
+        CacheOptions(
+            policy=policy,
+            budget=sizes.budget,
+            kv_dtype=kv_dtype,
+            workspace=1 if chunks > 1 else 2**40,
+        ),
+        softmax_scale=sizes.head_dim**-0.5,
+    )
+    plan = cache.plan(sizes.rows)
+    assert plan.rows // plan.chunk_rows == chunks
+    steps = random_steps(sizes.schedule, sizes.rows, sizes.heads, sizes.head_dim, dtype)
+
+    def draw() -> None:
+        with cache.open(sizes.rows) as generation:
+            for step in steps:
+                for layer in range(sizes.layers):
+                    generation.attend(layer, *step)
+
+    measured = peak_allocated_bytes(draw)
+    return {
+        "policy": policy.name,
+        "dtype": dtype,
+        "kv_dtype": kv_dtype,
+        "chunks": chunks,
+        "ragged": policy in RAGGED,
+        "page_bytes": plan.page_bytes,
+        "workspace_bytes": plan.workspace_bytes,
+        "planned_bytes": plan.total_bytes,
+        "measured_bytes": measured,
+        "ratio": measured / plan.total_bytes,
+    }
+
+
+def random_steps(
+    schedule: ScaleSchedule, rows: int, heads: int, head_dim: int, dtype: str
+) -> list[Tensor]:
+    """q, k, v of every scale, [3, rows, n, heads, head_dim], the same for all layers."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(3, rows, n, heads, head_dim, generator=generator).to(TORCH_DTYPES[dtype])
+        for n in schedule.tokens
+    ]
 
 
 def peak_allocated_bytes(draw: Callable[[], object]) -> int:
-    """Most bytes alive at once of what PagedKVCache.open and attend allocate while ``draw`` runs.
+    """Most bytes alive at once of what PagedKVCache.open and Generation.attend allocate while
+    ``draw`` runs.
 
     What the attention kernel allocates inside is left out: the model's own cache calls the same
     one.
     """
-    methods = {name: _scoped(getattr(PagedKVCache, name)) for name in ("open", "attend")}
-    with patch.multiple(PagedKVCache, **methods):
+    now = peak = 0
+    for _, size, _ in allocations(draw):
+        now += size
+        peak = max(peak, now)
+    return peak
+
+
+def allocations(draw: Callable[[], object]) -> list[tuple[int, int, str]]:
+    """(time, bytes, operator) of the runtime's own allocations while ``draw`` runs, and, with
+    negative bytes, of their releases, in order.
+    """
+    scoped = [_scoped(owner, name) for owner, name in SCOPED]
+    with scoped[0], scoped[1]:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             draw()
     assert profiler.profiler is not None
     results: Any = profiler.profiler.kineto_results
     changes = sorted(
-        (when, size, address, ours)
+        change
         for event in results.experimental_event_tree()
-        for when, size, address, ours in _allocations(event, False)
+        for change in _changes(event, False, event.name)
     )
     alive: dict[int, int] = {}
-    now = peak = 0
-    for _, size, address, ours in changes:
-        if size < 0:
-            now -= alive.pop(address, 0)
-        elif ours:
+    ours = []
+    for when, size, address, is_ours, name in changes:
+        if size < 0 and address in alive:
+            ours.append((when, -alive.pop(address), name))
+        elif size > 0 and is_ours:
             alive[address] = size
-            now += size
-            peak = max(peak, now)
-    return peak
+            ours.append((when, size, name))
+    return ours
 
 
-def _scoped(method: Callable[..., Any]) -> Callable[..., Any]:
+def _scoped(owner: type, name: str) -> Any:
+    method = getattr(owner, name)
+
     def call(*args: Any, **kwargs: Any) -> Any:
         with record_function(SCOPE):
             return method(*args, **kwargs)
 
-    return call
+    return patch.object(owner, name, call)
 
 
-def _allocations(event: Any, ours: bool) -> Iterator[tuple[int, int, int, bool]]:
-    """(time, bytes, address, ours) of every allocation and, with negative bytes, release."""
+def _changes(event: Any, ours: bool, name: str) -> Iterator[tuple[int, int, int, bool, str]]:
+    """(time, bytes, address, ours, operator) of every allocation and, with negative bytes,
+    release.
+    """
     if event.tag == _EventType.Allocation:
         fields = event.extra_fields
-        yield event.start_time_ns, fields.alloc_size, fields.ptr, ours
+        yield event.start_time_ns, fields.alloc_size, fields.ptr, ours, name
+    else:
+        name = event.name
     if event.name == SCOPE:
         ours = True
     elif event.name == KERNEL:
         ours = False
     for child in event.children:
-        yield from _allocations(child, ours)
+        yield from _changes(child, ours, name)

@@ -15,6 +15,7 @@ from kvruntime.storage.records import dequantize_scratch, quantize_scratch
 from policies import DTYPE_BYTES, Policy, Region, StepSizes, held_bytes, torch_bytes
 
 READ_TOKENS = 1024  # of a lane, turned back from records at a time
+WRAPPED_BYTES = 64  # numbers that torch makes tensors of, a few at a time
 FOLD_TOKENS = 256  # of a lane, turned into float32 and added to their centroids at a time
 
 
@@ -125,18 +126,27 @@ class StepRegions:
     @property
     def torch_bytes(self) -> int:
         """Bytes that torch allocates inside, at the worst."""
-        return max(torch_bytes(phase) for phase in (self.base, self.read, self.select, self.commit))
+        phases = (self.base, self.read, self.select, self.commit)
+        return WRAPPED_BYTES + max(torch_bytes(phase) for phase in phases)
 
 
 def declare(shape: StepShape, policy: Policy) -> StepRegions:
     """The regions of such a step."""
     select = policy.scratch(shape.sizes) if shape.kind in (Kind.CHOOSE, Kind.FOLD) else []
     if select:
-        most = (shape.rows, shape.heads, shape.kept)
-        select = [*select, Region("torch: check", most, "int64", by_torch=True)]
+        each = _checked_bytes(shape)
+        most = (shape.rows, shape.heads, shape.kept, each)
+        select = [*select, Region("torch: check", most, "uint8", by_torch=True)]
     return StepRegions(
         tuple(_base(shape)), tuple(_read(shape)), tuple(select), tuple(_commit(shape))
     )
+
+
+def _checked_bytes(shape: StepShape) -> int:
+    """Bytes for each kept place while a choice is checked (step.choose)."""
+    if shape.kind is Kind.FOLD:
+        return 28  # the place and where it is folded, their numbers, three comparisons
+    return 11 if shape.is_ragged else 8
 
 
 def _base(shape: StepShape) -> list[Region]:
@@ -194,6 +204,8 @@ def _commit(shape: StepShape) -> list[Region]:
             Region("old_slots", (moved,), "int64"),
             Region("moved", (2, moved, width), stored),
         ]
+        if shape.weighted:
+            regions.append(Region("torch: log weights", (moved,), "float16", by_torch=True))
         if shape.writes or not shape.fresh_is_slice:
             regions.append(Region("staged", (added, shape.head_dim), shape.dtype))
         if shape.writes:
@@ -202,6 +214,7 @@ def _commit(shape: StepShape) -> list[Region]:
         return regions
     if not shape.is_even:
         regions.append(Region("spread", (rows, shape.heads, shape.kept), "int64"))
+    regions.append(Region("torch: starts", (lanes,), "int64", by_torch=True))
     regions += _fold(shape) if shape.kind is Kind.FOLD else _keep(shape)
     if shape.writes:
         regions.append(Region("encoded", (written, width), "int32"))
@@ -217,7 +230,9 @@ def _keep(shape: StepShape) -> list[Region]:
         Region("staged", (written, shape.head_dim), shape.dtype),
     ]
     if shape.weighted:
+        places = shape.heads * shape.kept
         regions.append(Region("log_spread", (shape.rows, shape.heads, shape.kept), "float32"))
+        regions.append(Region("torch: places", (shape.rows, places), "int64", by_torch=True))
     if shape.copies_records:
         assert shape.writes is not None
         width = shape.writes.words(shape.head_dim)
@@ -240,6 +255,7 @@ def _fold(shape: StepShape) -> list[Region]:
         Region("log_counts", (lanes, shape.kept), "float32"),
         Region("shares", (lanes, shape.candidates), "float32"),
         Region("targets", (lanes, shape.candidates), "int64"),
+        Region("torch: dropped", (lanes, shape.candidates), "bool", by_torch=True),
     ]
     if not shape.weighs_in_place:
         regions += [

@@ -67,7 +67,7 @@ def _means(step: Prepared, tokens: Tensor) -> Tensor:
     for start in range(0, shape.candidates, FOLD_TOKENS):
         end = min(start + FOLD_TOKENS, shape.candidates)
         block = part_of(commits["block"], lanes, end - start, dim)
-        torch.mul(by_lane[:, start:end], shares[:, start:end].unsqueeze(-1), out=block)
+        block.copy_(by_lane[:, start:end]).mul_(shares[:, start:end].unsqueeze(-1))
         targets = all_targets[:, start:end].reshape(-1)
         flat.index_add_(0, targets, block.view(-1, dim))
     return sums.div_(commits["counts"].unsqueeze(-1))

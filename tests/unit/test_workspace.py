@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvruntime.planning.regions import WRAPPED_BYTES
 from kvruntime.planning.workspace import Workspace, Workspaces
 from policies import (
     CacheGeometry,
@@ -46,13 +47,14 @@ def test_regions():
 def test_a_gather():
     """The last scale reads 32 of 48 tokens and writes nothing."""
     made = made_of(lane(4), ScaleSchedule.of([4, 4, 4]), Full(), page_size=16)
-    assert made.workspace_bytes == made.scratch_bytes == up(2 * ID) + 2 * 48 * 16
+    assert made.scratch_bytes == up(2 * ID) + 2 * 48 * 16
+    assert made.workspace_bytes == made.scratch_bytes + WRAPPED_BYTES
     # six scales of a token: the last one gathers five tokens from three pages of two, whole
     made = made_of(lane(16), ScaleSchedule.of([1] * 6), Full(), page_size=2)
-    assert made.workspace_bytes == up(3 * ID) + 2 * 6 * 64
+    assert made.workspace_bytes == up(3 * ID) + 2 * 6 * 64 + WRAPPED_BYTES
     # four from two pages of three, whole, then one
     made = made_of(lane(16), ScaleSchedule.of([(2, 2), 1]), Full(), page_size=3)
-    assert made.workspace_bytes == up(2 * ID) + 2 * 6 * 64
+    assert made.workspace_bytes == up(2 * ID) + 2 * 6 * 64 + WRAPPED_BYTES
     # nothing cached: attention looks at what it was given
     made = made_of(lane(4), ScaleSchedule.of([3]), Full())
     assert made.workspace_bytes == made.scratch_bytes == 0
@@ -62,10 +64,11 @@ def test_a_shift():
     """A window of 20 over 16 + 16 tokens: 16 fresh ones take the places of the oldest."""
     schedule = ScaleSchedule.of([4, 4, 1])
     made = made_of(lane(4), schedule, SlidingWindow(), 20, page_size=16)
-    assert made.workspace_bytes == up(ID) + 2 * 32 * 16 + up(2 * ID) + up(16 * ID)
+    scratch = up(ID) + 2 * 32 * 16 + up(2 * ID) + up(16 * ID)
+    assert made.workspace_bytes == scratch + WRAPPED_BYTES
     # a window of 5: all five are new
     made = made_of(lane(4), schedule, SlidingWindow(), 5, page_size=16)
-    assert made.workspace_bytes == up(ID) + 2 * up(21 * 16) + up(ID) + up(5 * ID)
+    assert made.workspace_bytes == up(ID) + 2 * up(21 * 16) + up(ID) + up(5 * ID) + WRAPPED_BYTES
     # four new ones come to 32: 16 cached ones move down, each from its slot to another
     schedule = ScaleSchedule.of([4, 4, 2, 1])
     made = made_of(lane(64), schedule, SlidingWindow(), 16, page_size=16)
@@ -95,7 +98,7 @@ def test_survivors_that_move():
     }
     gather = up(5 * ID) + 2 * 22 * 64 * 4
     assert made.regions(shape).num_bytes == gather + sum(regions.values())
-    assert made.workspace_bytes == gather + sum(regions.values())
+    assert made.workspace_bytes == gather + sum(regions.values()) + WRAPPED_BYTES
 
 
 def test_choosing():
@@ -106,7 +109,7 @@ def test_choosing():
     score = 256 + 256 + up(128 * 4) * 3 + 64  # window, picked; logits, weights, scores; sums
     choose = up(100 * 4) + 3 * up(100 * ID)
     commit = up(7 * ID) + 2 * up(100 * ID) + 100 * 256
-    by_torch = up(100 * ID)  # inside a sort
+    by_torch = up(100 * ID) + WRAPPED_BYTES  # inside a sort
     shape = made.shape(1, 0, 1)
     assert made.regions(shape).num_bytes == base + max(score + choose, commit)
     assert made.workspace_bytes == base + commit + by_torch
@@ -133,7 +136,7 @@ def test_reading_and_writing_records():
         kv_start=0,
     )
     read = 32 * 20 + 32 * 16 + up(32 * 2 * 4) + 32 * 32 * 4
-    assert made.workspace_bytes == up(2 * ID) + 2 * 48 * 64 + read
+    assert made.workspace_bytes == up(2 * ID) + 2 * 48 * 64 + read + WRAPPED_BYTES
     shape = made.shape(1, 0, 1)
     small = [up(16 * 4)] * 2 + [up(16 * 2)] * 2 + [up(16)]  # low, high; shift, step; flat
     quantise = 16 * 32 * 4 + sum(small) + 16 * 32
