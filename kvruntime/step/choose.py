@@ -41,6 +41,8 @@ def choose(plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: flo
         )
         keep.masked_fill_(unused, count)
     into = None
+    if selection.into is not None and not plan.policy.needs.weights:
+        raise ValueError(f"policy {name} folds: its needs must name weights")
     if selection.into is not None:
         _check_tensor(name, "into", selection.into, (*wanted[:2], count), torch.int64)
         into = base["into"].copy_(selection.into)
