@@ -127,7 +127,8 @@ class StepRegions:
     def torch_bytes(self) -> int:
         """Bytes that torch allocates inside, at the worst."""
         phases = (self.base, self.read, self.select, self.commit)
-        return WRAPPED_BYTES + max(torch_bytes(phase) for phase in phases)
+        wrapped = WRAPPED_BYTES if any(phases) else 0
+        return wrapped + max(torch_bytes(phase) for phase in phases)
 
 
 def declare(shape: StepShape, policy: Policy) -> StepRegions:
