@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -77,8 +76,7 @@ class PagedKVCache:
         )
         self._observer = observer
         self._workspaces = Workspaces(self._device)
-        self._idle_pool: Pool | None = None
-        self._lock = threading.Lock()
+        self._idle_pools: list[Pool] = []  # at most one; no lock, which an interrupt might keep
 
     @property
     def page_bytes(self) -> int:
@@ -141,8 +139,10 @@ class PagedKVCache:
         if plan.peak_pages > LARGEST:
             advice = "no device has that much: draw fewer at once or lower the budget"
             raise WillNeverFit(plan.page_bytes, free_bytes(self._device), advice)
-        with self._lock:
-            pool, self._idle_pool = self._idle_pool, None
+        try:
+            pool: Pool | None = self._idle_pools.pop()
+        except IndexError:
+            pool = None
         num_pages = max(1, plan.peak_pages)
         each = (plan.bytes_per_page, plan.weight_bytes_per_page)
         if pool is not None and (pool.num_pages, pool.page_bytes, pool.weight_bytes) == (
@@ -157,13 +157,11 @@ class PagedKVCache:
         )
 
     def _take_back(self, pool: Pool) -> None:
-        with self._lock:
-            self._idle_pool = pool
+        self._idle_pools[:] = [pool]
 
     def let_go(self) -> None:
         """Free what is kept between generations: the pool, unless it is shared, and the
         workspace.
         """
-        with self._lock:
-            self._idle_pool = None
+        self._idle_pools.clear()
         self._workspaces.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -40,7 +41,6 @@ class Generation:
         workspaces: Workspaces,
         facts: dict[str, Any],
         on_close: Callable[[Pool], None] | None = None,
-        tables: list[BlockTable] | None = None,
     ) -> None:
         plan = runner.plan
         self._runner = runner
@@ -52,12 +52,13 @@ class Generation:
         self._is_open = True
         self._page_steps = self._gather_steps = 0
         self._timeline: list[ScaleRecord] = []
-        self._thread: int | None = None
+        self._step: object = None  # whatever stands for the step that runs
+        self._guard = threading.RLock()  # whose owner looks whether one runs
         pool, heads = runner.pool, plan.geometry.heads
-        self._tables = tables or [
+        self._tables = [
             BlockTable(pool.allocator, plan.rows, heads) for _ in range(plan.geometry.layers)
         ]
-        self._peak_pages = self._live_pages()
+        self._peak_pages = 0
         pool.admit(self, self._tables, plan.peak_pages)
 
     @property
@@ -86,18 +87,22 @@ class Generation:
         ones. Returns [rows, n, heads, head_dim]. Raises ScheduleError or ValueError for a call that
         does not fit, changing nothing; any other failure closes the generation. No gradients.
         """
-        self._check_call(layer, q, k, v)
+        step = object()
         try:
+            with self._guard:
+                self._check_call(layer, q, k, v)
+                self._step = step
             # a pool that autograd watches would hold every generation; autocast would round scores
             with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
                 out = self._attend(layer, q, k, v)
             self._advance()
+            self._step = None
+            return out
         except BaseException:
-            self._end()
+            if self._step is step:  # else the call did not fit
+                self._step = None
+                self._end()
             raise
-        finally:
-            self._thread = None
-        return out
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plan, table = self._runner.plan, self._tables[layer]
@@ -123,10 +128,15 @@ class Generation:
         return out
 
     def _check_call(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raise unless this call is the next one of the schedule; then it is this thread's."""
+        """Raise unless this call is the next one of the schedule."""
         geometry, schedule = self._runner.plan.geometry, self._runner.plan.schedule
         if not self._is_open:
             raise ScheduleError("this generation is closed: open(rows) starts another")
+        if self._step is not None:
+            raise ScheduleError(
+                "a step of this generation is running already: give each thread a generation of "
+                "its own"
+            )
         if q.ndim != 4:
             raise ValueError(f"q must be [rows, n, heads, head_dim], got {tuple(q.shape)}")
         if self._scale == len(schedule):
@@ -154,13 +164,6 @@ class Generation:
                 raise ValueError(
                     f"{name} is on {part.device}, the pool on {self._runner.pool.device}"
                 )
-        thread = threading.get_ident()
-        if self._thread is not None:
-            raise ScheduleError(
-                "a step of this generation is running already: give each thread a generation of "
-                "its own"
-            )
-        self._thread = thread
 
     def _advance(self) -> None:
         """This layer is served; after the last one the scale is."""
@@ -179,22 +182,18 @@ class Generation:
         the pool has not that many to promise. Give it a pool with room: ``PagedKVCache(pool=...)``.
         """
         self._check_boundary("fork")
-        pool, tables = self._runner.pool, []
-        with pool.changing():
-            tables = [table.share() for table in self._tables]
-        plan = self._runner.plan.for_rows(self._rows)
-        runner = Runner(
-            plan, pool, self._runner.backend, self._runner.softmax_scale, self._runner.observer
-        )
+        runner = replace(self._runner, plan=self._runner.plan.for_rows(self._rows))
+        twin = Generation(runner, self._workspaces, self._facts)
         try:
-            twin = Generation(runner, self._workspaces, self._facts, None, tables)
+            with runner.pool.changing():  # which knows the twin's tables, should this end half way
+                for index, table in enumerate(self._tables):
+                    twin._tables[index] = table.share()
+            twin._peak_pages = twin._live_pages()
+            twin._scale = self._scale
+            twin._timeline = list(self._timeline)
         except BaseException:
-            with pool.changing():
-                for table in tables:
-                    table.release()
+            twin._end()
             raise
-        twin._scale = self._scale
-        twin._timeline = list(self._timeline)
         return twin
 
     def keep_rows(self, rows: int | Sequence[int]) -> None:
@@ -233,7 +232,7 @@ class Generation:
 
     def close(self) -> None:
         """End the generation and give back every page. Twice is allowed; never from an observer."""
-        if self._thread is not None:
+        if self._step is not None:
             raise ScheduleError("close() while a step runs: raise an exception instead")
         self._end()
 

@@ -162,7 +162,7 @@ def test_the_tensors_go_and_the_stats_stay(tiny_model):
     with kvruntime.attach(tiny_model, "full", 1.0) as attached:
         tiny_model.generate(LABELS)
         stats = attached.stats
-        pool = weakref.ref(attached._cache._idle_pool)
+        pool = weakref.ref(attached._cache._idle_pools[0])
         memory = weakref.ref(attached._cache._workspaces.tensors[0])
         assert pool() is not None and memory() is not None
     assert attached.stats == stats and stats.peak_pages > 0
