@@ -1,16 +1,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test format clean
+.PHONY: demo lint test test-full format clean
 
 demo: .venv/installed
 	$(BIN)/kvruntime demo --out demo
 
-test: .venv/installed
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+test: lint
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: lint
+	$(BIN)/python -m pytest -m ""
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

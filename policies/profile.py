@@ -4,6 +4,7 @@ validated.
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -113,11 +114,14 @@ def load_preset(model: str) -> Preset | None:
 
 
 def _load(path: Path, kind: type[_File]) -> _File:
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: {size} bytes, at most {MAX_FILE_BYTES} are read")
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never end, nor a device
+        raise ValueError(f"{path}: not a regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: at most {MAX_FILE_BYTES} bytes are read")
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "file"

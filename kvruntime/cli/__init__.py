@@ -20,7 +20,3 @@ app.command("doctor")(doctor)
 
 def main() -> None:
     app()
-
-
-if __name__ == "__main__":
-    main()

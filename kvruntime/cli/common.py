@@ -71,4 +71,6 @@ def exit_codes() -> Iterator[None]:
 
 
 def print_json(value: dict[str, Any]) -> None:
+    if sys.stdout is None:  # as a shell's >&- leaves it
+        raise OSError("standard output is closed")
     sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")

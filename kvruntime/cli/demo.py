@@ -51,6 +51,10 @@ def demo(
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
         out.mkdir(parents=True, exist_ok=True)
+        names = ["demo.png", "formats.png", "demo.json"] if formats else ["demo.png", "demo.json"]
+        for name in names:
+            if (out / name).is_dir():  # said before anything is drawn
+                raise ValueError(f"{out / name} is a folder")
         with Progress(console=Console(stderr=True), transient=True) as progress:
             report, own, ours = run_demo(
                 policy,
@@ -71,7 +75,4 @@ def demo(
         else:
             console = Console()
             print_report(report, console)
-            names = (
-                ["demo.png", "formats.png", "demo.json"] if formats else ["demo.png", "demo.json"]
-            )
             console.print(f"wrote {', '.join(str(out / name) for name in names)}", soft_wrap=True)

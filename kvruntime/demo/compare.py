@@ -55,7 +55,7 @@ def run_demo(
     formats = [{"policy": name, **(pages or {})} for name in policies]
     quantised = FORMATS if compare_formats else []
     for options in formats:  # what one of them cannot do is refused before the first draw
-        with attach(model, budget=budget, **options):
+        with attach(model, budget=_budget_of(options, budget), **options):
             pass
     labels = demo_labels(count)
     total = 1 + len(formats) + len(quantised)
@@ -121,7 +121,7 @@ def _compare(
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], Tensor]:
     """One way to cache against the model's own: the figures, and its pictures."""
-    with attach(model, budget=budget, **options) as attached:
+    with attach(model, budget=_budget_of(options, budget), **options) as attached:
         _, drawn, elapsed = _draw(model, labels, seed)
         stats = attached.stats
         forced = model.teacher_forced(labels, own.codes)
@@ -151,6 +151,11 @@ def _compare(
         same = all(torch.equal(ours, theirs) for ours, theirs in zip(forced, own.logs, strict=True))
         run["bit_identical"] = same and torch.equal(drawn, own.pictures)
     return run, drawn
+
+
+def _budget_of(options: dict[str, Any], budget: float | str) -> float | str:
+    """full keeps everything, and is what the others are compared with."""
+    return 1.0 if options["policy"] == "full" else budget
 
 
 def _draw(model: EmojiVAR, labels: Tensor, seed: int) -> tuple[list[Tensor], Tensor, float]:

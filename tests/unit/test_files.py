@@ -1,6 +1,7 @@
 """Weights, profiles and presets from strangers: a clear error, never a crash, never code."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -99,6 +100,20 @@ def test_a_huge_profile_is_not_read(profile):
         file.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(ValueError, match="at most"):
         load_profile(profile)
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/stdin", "/proc/self/mem"])
+def test_devices_are_not_read(device):
+    """A device may never end; its size says nothing."""
+    with pytest.raises((ValueError, OSError)):
+        load_profile(device)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_pipes_and_folders_are_not_read(tmp_path, make):
+    make(tmp_path / "profile.json")
+    with pytest.raises(ValueError, match=r"profile\.json: not a regular file"):
+        load_profile(tmp_path / "profile.json")
 
 
 def test_missing_files(tmp_path):

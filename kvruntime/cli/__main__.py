@@ -1,0 +1,5 @@
+"""python -m kvruntime.cli."""
+
+from kvruntime.cli import main
+
+main()

@@ -1,0 +1,136 @@
+"""The demo: names in its report, and P1, P2 and P6 on the bundled model."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from kvruntime.demo import print_report, run_demo
+from kvruntime.storage.layout import RecordFormat
+from policies import POLICY_NAMES
+from tests.unit.test_cli import run
+
+RUN_KEYS = {
+    "policy",
+    "budget_tokens",
+    "kv_dtype",
+    "kv_groups",
+    "kv_start",
+    "psnr_db",
+    "identical_pictures",
+    "kl",
+    "planned_pages",
+    "peak_pages",
+    "leaked_pages",
+    "token_bytes",
+    "page_bytes",
+    "weight_bytes",
+    "workspace_bytes",
+    "baseline_bytes",
+    "seconds",
+}
+
+
+def check_demo(report, count, dtype):
+    """The schema of demo.json, and P1, P2 and P6 on the bundled model."""
+    assert report["count"] == count and report["dtype"] == dtype
+    assert tuple(report["runs"]) == POLICY_NAMES
+    for name, policy in report["runs"].items():
+        assert policy.keys() == RUN_KEYS | ({"bit_identical"} if name == "full" else set())
+        assert policy["psnr_db"].keys() == {"mean", "min"}
+        assert policy["planned_pages"] == policy["peak_pages"]
+        assert policy["leaked_pages"] == 0
+    runs = report["runs"]
+    assert runs["full"]["bit_identical"] is True
+    assert runs["full"]["kl"] == 0 and runs["full"]["psnr_db"] == {"mean": None, "min": None}
+    history = runs["full"]["token_bytes"]
+    for name in set(POLICY_NAMES) - {"full"}:
+        weight = 1 + 2 / (2 * 32 * 4) if name == "centroid" else 1
+        assert runs[name]["token_bytes"] <= 0.10 * history * weight
+        assert 0 < runs[name]["kl"] < 1 and runs[name]["psnr_db"]["mean"] > 10
+
+
+def check_formats(report):
+    """full and scalekv with int4 and int2, for each number of groups, with and without the start
+    scale: figures that are there, in the order that theory says.
+    """
+    found = {}
+    for one in report["quantised"]:
+        assert one.keys() == RUN_KEYS and one["planned_pages"] == one["peak_pages"]
+        records = RecordFormat.named(one["kv_dtype"], one["kv_groups"])
+        exact = report["runs"][one["policy"]]
+        assert one["token_bytes"] * 4 * 32 == exact["token_bytes"] * records.num_bytes(32)
+        found[one["policy"], one["kv_dtype"], one["kv_groups"], one["kv_start"] > 0] = one["kl"]
+    formats = [("int4", 1), ("int4", 2), ("int4", 4), ("int2", 1), ("int2", 2)]
+    assert list(found) == [
+        (policy, *kind, late)
+        for policy in ("full", "scalekv")
+        for kind in formats
+        for late in (True, False)
+    ]
+    for groups in (1, 2):
+        for late in (True, False):
+            assert 0 < found["full", "int4", groups, late] < 1e-3
+            assert found["full", "int4", groups, late] < 0.1 * found["full", "int2", groups, late]
+        assert found["full", "int4", groups, True] < found["full", "int4", groups, False]
+    exact = report["runs"]["scalekv"]["kl"]
+    assert all(abs(found["scalekv", "int4", g, True] - exact) < 0.2 * exact for g in (1, 2, 4))
+
+
+def demo(tmp_path, *options):
+    result = run("demo", *options, "--out", str(tmp_path), "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report == json.loads((tmp_path / "demo.json").read_text())
+    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+    return report
+
+
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 2), ("bfloat16", 1)])
+def test_demo(tmp_path, dtype, count):
+    report = demo(tmp_path, "--count", str(count), "--dtype", dtype, "--no-formats")
+    check_demo(report, count, dtype)
+    assert report["quantised"] == [] and not (tmp_path / "formats.png").exists()
+    assert report["runs"]["full"]["budget_tokens"] == report["history_tokens"] == 424
+    assert report["budget_tokens"] == report["runs"]["scalekv"]["budget_tokens"] == 42
+
+
+@pytest.mark.full
+def test_demo_of_all_formats(tmp_path):
+    report = demo(tmp_path, "--count", "2", "--formats")
+    check_demo(report, 2, "float32")
+    check_formats(report)
+    assert (tmp_path / "formats.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_demo_at_a_budget_in_bytes(tmp_path):
+    """full stays what the others are compared with; they keep to the bytes."""
+    report = demo(tmp_path, "--count", "1", "--budget", "10%", "--no-formats")
+    runs = report["runs"]
+    assert report["budget"] == "10%" and runs["full"]["bit_identical"] is True
+    history = runs["full"]["token_bytes"]
+    for name in set(POLICY_NAMES) - {"full"}:
+        assert 0 < runs[name]["page_bytes"] <= 0.10 * history
+        assert runs[name]["planned_pages"] == runs[name]["peak_pages"]
+
+
+def test_demo_of_quantised_pages(tmp_path):
+    """As a table for people; the file has the same figures."""
+    pages = ("--kv-dtype", "int4", "--kv-groups", "2", "--kv-start", "3")
+    rest = ("--count", "1", "--policy", "ams_kv", "--no-formats", "--out", str(tmp_path))
+    result = run("demo", *rest, *pages)
+    assert result.exit_code == 0, result.stderr
+    assert "ams_kv int4/2 @3" in result.stdout and "bit-identical" not in result.stdout
+    report = json.loads((tmp_path / "demo.json").read_text())
+    for name, one in report["runs"].items():
+        assert (one["kv_dtype"], one["kv_groups"], one["kv_start"]) == ("int4", 2, 3), name
+        assert one["planned_pages"] == one["peak_pages"] and one["leaked_pages"] == 0
+    assert 0 < report["runs"]["full"]["kl"] < 1e-2
+
+
+def test_the_table_of_a_report():
+    """The same report as text names what is exact."""
+    report = run_demo("full", 0.1, 1, 0, "float32", policies=("full",), compare_formats=False)[0]
+    with (console := Console(width=200)).capture() as captured:
+        print_report(report, console)
+    assert "bit-identical with the model's own: True" in captured.get()
