@@ -1,0 +1,54 @@
+"""A KeyboardInterrupt at a chosen line of the runtime's own code."""
+
+import sys
+from pathlib import Path
+
+import allocator
+import kvruntime
+
+FOLDERS = tuple(
+    str(Path(package.__file__).parent) for package in (allocator, kvruntime) if package.__file__
+)
+
+
+class Interrupts:
+    """Counts the lines that run in the runtime's files, and raises at the one numbered ``at``.
+
+    files: ends of the names of the files that count; none: all of them.
+    """
+
+    def __init__(self, at, files=()):
+        self.at, self.files = at, files
+        self.count = 0
+        self.where = None
+
+    def __enter__(self):
+        sys.settrace(self._enter_frame)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+    @property
+    def happened(self):
+        return self.where is not None
+
+    def _enter_frame(self, frame, event, argument):
+        name = frame.f_code.co_filename
+        if not name.startswith(FOLDERS) or (self.files and not name.endswith(self.files)):
+            return None
+        caller = frame
+        while caller is not None:
+            if caller.f_code.co_name == "_mark_lost":  # Python drops what a finalizer raises
+                return None
+            caller = caller.f_back
+        return self._line
+
+    def _line(self, frame, event, argument):
+        if event == "line":
+            self.count += 1
+            if self.count == self.at:
+                self.where = (Path(frame.f_code.co_filename).name, frame.f_lineno)
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._line
