@@ -1,63 +1,161 @@
-"""``python -m benchmarks allocator|attention|generate|gpu --json FILE``."""
+"""``python -m benchmarks allocator|attention|frontier|generate|gpu|memory --json FILE``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import allocator, attention, generate, gpu
+from benchmarks import allocator, attention, frontier, generate, gpu, memory
 from benchmarks.common import environment
+from benchmarks.load import beside_load as neighbour
+from benchmarks.schemas import REPORTS
 from kvruntime import BackendUnavailable
 
-BENCHMARKS: dict[str, Callable[[int, Progress | None], Any]] = {
-    "allocator": allocator.run,
-    "attention": attention.run,
-    "generate": generate.run,
-    "gpu": gpu.run,
-}
 WRONG, BAD_INPUT, NO_GPU = 1, 2, 3
 
+Repeats = Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are reported.")]
+Out = Annotated[Path | None, typer.Option("--json", help="Write the results here too.")]
 
-def main(
-    name: Annotated[str, typer.Argument(help=", ".join(BENCHMARKS))],
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 5,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
-) -> None:
-    """Time one part of the runtime beside its equal-work baseline."""
-    console = Console()
-    if name not in BENCHMARKS or repeats < 1:
-        Console(stderr=True).print(f"NAME is one of {', '.join(BENCHMARKS)}; repeats at least 1")
-        raise typer.Exit(BAD_INPUT)
-    if name == "gpu" and not torch.cuda.is_available():
-        Console(stderr=True).print("torch sees no CUDA device: nothing was measured")
-        raise typer.Exit(NO_GPU)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _report(
+    name: str,
+    out: Path | None,
+    run: Callable[[Progress], Any],
+    repeats: int = 1,
+    **options: Any,
+) -> Any:
+    """Run, check, print and write; the results."""
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        _fail(f"{out} cannot be written", BAD_INPUT)  # before anything is measured
     try:
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            results = BENCHMARKS[name](repeats, progress)
+            results = run(progress)
     except BackendUnavailable as error:
-        Console(stderr=True).print(str(error), markup=False)
-        raise typer.Exit(NO_GPU) from None
+        _fail(str(error), NO_GPU)
     report = {
         "version": 1,
         "benchmark": name,
         "repeats": repeats,
+        "options": options,
         "environment": environment(),
         "results": results,
     }
-    console.print_json(data=report)
+    REPORTS[name].model_validate(report)
+    Console().print_json(data=report)
     if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n")
-    if name == "gpu" and not results["all_correct"]:
-        Console(stderr=True).print("a path is wrong: see correctness, error above bound")
-        raise typer.Exit(WRONG)
+        out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True).print(message, markup=False, soft_wrap=True)
+    raise typer.Exit(code) from None
+
+
+@app.command("allocator")
+def _allocator(repeats: Repeats = 5, out: Out = None) -> None:
+    """Taking and giving back many pages at once, beside a manager that does one by one."""
+    _report("allocator", out, lambda progress: allocator.run(repeats, progress), repeats)
+
+
+@app.command("attention")
+def _attention(
+    repeats: Repeats = 5,
+    only: Annotated[str | None, typer.Option(help=", ".join(attention.CASES))] = None,
+    beside_load: Annotated[
+        bool, typer.Option(help="Meanwhile another process keeps two threads busy.")
+    ] = False,
+    out: Out = None,
+) -> None:
+    """One layer through one megapixel, beside torch.cat + SDPA."""
+
+    if only is not None and only not in attention.CASES:
+        _fail(f"{only!r} is not one of {', '.join(attention.CASES)}", BAD_INPUT)
+
+    def run(progress: Progress) -> Any:
+        with neighbour() if beside_load else nullcontext():
+            return attention.run(repeats, progress, only)
+
+    _report("attention", out, run, repeats, only=only, beside_load=beside_load)
+
+
+@app.command("frontier")
+def _frontier(
+    pictures: int = 64,
+    points: Annotated[
+        int, typer.Option(help=f"The first 1 to {len(frontier.POINTS)} of them.")
+    ] = 4,
+    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = (
+        frontier.SEED
+    ),
+    out: Out = None,
+) -> None:
+    """What bytes buy: the bundled model's pictures at 10 % down to 2 % of the bytes."""
+    _report(
+        "frontier",
+        out,
+        lambda progress: frontier.run(progress, pictures, points, seed),
+        pictures=pictures,
+        points=points,
+        seed=seed,
+    )
+
+
+@app.command("generate")
+def _generate(
+    repeats: Repeats = 5,
+    pictures: Annotated[int, typer.Option(min=1)] = generate.PICTURES,
+    out: Out = None,
+) -> None:
+    """The bundled model's whole pictures, beside its own cache."""
+    _report(
+        "generate",
+        out,
+        lambda progress: generate.run(repeats, progress, pictures),
+        repeats,
+        pictures=pictures,
+    )
+
+
+@app.command("gpu")
+def _gpu(repeats: Repeats = 5, out: Out = None) -> None:
+    """Everything about a CUDA device at once."""
+    if not torch.cuda.is_available():
+        _fail("torch sees no CUDA device: nothing was measured", NO_GPU)
+    results = _report("gpu", out, lambda progress: gpu.run(repeats, progress), repeats)
+    if not results["all_correct"]:
+        _fail("a path is wrong: see correctness, error above bound", WRONG)
+
+
+@app.command("memory")
+def _memory(
+    policy: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    out: Out = None,
+) -> None:
+    """What the runtime allocates, beside what it planned."""
+    chosen = policy or []
+    for name in chosen:
+        if name not in memory.POLICIES:
+            _fail(f"{name!r} is not one of {', '.join(memory.POLICIES)}", BAD_INPUT)
+    results = _report(
+        "memory",
+        out,
+        lambda progress: memory.run(progress, tuple(chosen)),
+        policies=chosen,
+    )
+    if not all(memory.LEAST <= result["ratio"] <= 1 for result in results):
+        _fail(f"a ratio is not in {memory.LEAST} to 1", WRONG)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

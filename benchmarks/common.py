@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
+from kvruntime import ScaleSchedule
 from kvruntime.device import versions
+from policies import TORCH_DTYPES
 
 
 def interleaved(
@@ -33,6 +35,17 @@ def interleaved(
     return times
 
 
+def random_steps(
+    schedule: ScaleSchedule, rows: int, heads: int, head_dim: int, dtype: str
+) -> list[Tensor]:
+    """q, k, v of every scale, [3, rows, n, heads, head_dim]."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(3, rows, n, heads, head_dim, generator=generator).to(TORCH_DTYPES[dtype])
+        for n in schedule.tokens
+    ]
+
+
 def own_attention(steps: list[Tensor]) -> None:
     """One layer as models do it, torch.cat + SDPA; a step is q, k, v [3, rows, n, heads, dim]."""
     cached: list[Tensor] = []
@@ -47,6 +60,13 @@ def own_attention(steps: list[Tensor]) -> None:
 def spread(values: list[float]) -> dict[str, float]:
     """Median, least and greatest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def mean_and_error(values: list[float]) -> dict[str, float | int | None]:
+    """Mean, its standard error, and of how many; None where there are too few."""
+    count = len(values)
+    error = statistics.stdev(values) / count**0.5 if count > 1 else None
+    return {"mean": statistics.fmean(values) if values else None, "se": error, "count": count}
 
 
 def ratios(top: list[float], bottom: list[float]) -> list[float]:

@@ -13,12 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvruntime.attention import Backend
+from kvruntime.attention.base import Backend, Lanes
 from kvruntime.attention.sdpa import SDPA
-from kvruntime.formats import RowFormat
-from kvruntime.pool import TORCH_DTYPES, Lanes, Pages, Pool
-from kvruntime.quantize import dequantize, quantize
-from policies import CacheGeometry
+from kvruntime.step.read import gather
+from kvruntime.storage.layout import (
+    WEIGHT_BYTES,
+    PageLayout,
+    RecordFormat,
+    exact_page_size,
+    stored_bytes,
+)
+from kvruntime.storage.pool import Pages, Pool
+from kvruntime.storage.records import dequantize, quantize
+from policies import TORCH_DTYPES, CacheGeometry
 
 BOUNDS = {"float16": 2e-3, "bfloat16": 1.6e-2}  # exact pages; quantised ones get 5e-3 at least
 
@@ -38,39 +45,69 @@ def filled_pool(
     dtype: str,
     head_dim: int,
     page_size: int,
-    row: RowFormat | None,
+    records: RecordFormat | None,
     num: int,
     is_exact: bool = False,
 ) -> Pages:
-    """``num`` pages of random tokens in their stored form; exact ones among the bytes of quantised
-    pages if ``is_exact``, as a generation has them before its start scale.
+    """``num`` pages of random tokens in their stored form, with random log weights; exact ones
+    among the bytes of quantised pages if ``is_exact``, as a generation has them before its start
+    scale.
     """
-    pool = Pool(num, page_size, CacheGeometry(1, 1, head_dim, dtype, dtype), device, row)
-    pages = pool.exact if is_exact or pool.quantised is None else pool.quantised
+    geometry = CacheGeometry(1, 1, head_dim, dtype, dtype)
+    size = exact_page_size(geometry, records, page_size) if is_exact else page_size
+    half = page_size * stored_bytes(geometry, records) // 2
+    seen = None if is_exact else records
+    pool = Pool(
+        num_pages=num,
+        page_bytes=2 * half,
+        weight_bytes=WEIGHT_BYTES * max(size, page_size),
+        device=device,
+    )
+    pages = pool.view(PageLayout(size, half, head_dim, dtype, seen))
     for part in (pages.keys, pages.values):
-        tokens = torch.randn(num, pages.page_size, head_dim, device=device).to(TORCH_DTYPES[dtype])
-        part.copy_(tokens if pages.row is None else quantize(tokens, pages.row))
+        tokens = torch.randn(num * size, head_dim, device=device).to(TORCH_DTYPES[dtype])
+        stored = tokens if seen is None else quantize(tokens, seen)
+        part.copy_(stored.view(part.shape))
+    assert pages.weights is not None
+    pages.weights.copy_(torch.rand(pages.weights.shape, device=device) * 3)
     return pages
 
 
-def _plain(rows: Tensor, row: RowFormat | None, dtype: torch.dtype, head_dim: int) -> Tensor:
-    if row is None:
-        return rows
-    out = torch.empty(*rows.shape[:-1], head_dim, dtype=dtype, device=rows.device)
-    dequantize(rows, row, out)
+def gather_pages(pages: Pages, ids: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Tokens of the pages ids [rows, heads, count] as numbers at the front of keys and values
+    [rows, heads, tokens, head_dim].
+    """
+    for stored, into in ((pages.keys, keys), (pages.values, values)):
+        if pages.records is None:
+            gather(stored, ids, into)
+        else:
+            by_lane = stored[ids].flatten(0, 1).flatten(1, 2)
+            dequantize(by_lane, pages.records, into.flatten(0, 1)[:, : by_lane.shape[1]])
+
+
+def _plain(tokens: Tensor, pages: Pages, dtype: torch.dtype, head_dim: int) -> Tensor:
+    if pages.records is None:
+        return tokens
+    out = torch.empty(*tokens.shape[:-1], head_dim, dtype=dtype, device=tokens.device)
+    dequantize(tokens[None], pages.records, out[None])
     return out
 
 
 def _formats(
     head_dim: int, page_sizes: tuple[int, ...]
-) -> Iterator[tuple[int, RowFormat | None, bool]]:
-    """Page size in tokens as asked of the pool, row format, and whether the tokens are exact."""
+) -> Iterator[tuple[int, RecordFormat | None, bool, bool]]:
+    """Page size in tokens as asked of the pool, record format, whether the tokens are exact, and
+    whether they have log weights.
+    """
     for size in page_sizes:
-        yield size, None, True
+        yield size, None, True, False
+        yield size, None, True, True
     for bits, groups in product((2, 4, 8), (1, 2, 4, 8)):
         if head_dim * bits % (32 * groups) == 0:
-            yield 64, RowFormat(bits, groups), False
-            yield 64, RowFormat(bits, groups), True
+            yield 64, RecordFormat(bits, groups), False, False
+            yield 64, RecordFormat(bits, groups), True, False
+            if groups == 1:
+                yield 64, RecordFormat(bits, groups), False, True
 
 
 def correctness(
@@ -94,18 +131,19 @@ def _cases(
     dtype: str,
     head_dim: int,
     page_size: int,
-    row: RowFormat | None,
+    records: RecordFormat | None,
     is_exact: bool,
+    weighted: bool,
     queries: tuple[int, ...],
 ) -> Iterator[dict[str, Any]]:
     """Every back end and path over pages of one format, for each number of queries."""
     torch.manual_seed(0)
     rows, heads = 2, 3
-    pages = filled_pool(device, dtype, head_dim, page_size, row, 20, is_exact)
+    pages = filled_pool(device, dtype, head_dim, page_size, records, 20, is_exact)
     size = pages.page_size
     lengths = torch.tensor([size + 6, 2 * size, 1, 5, 0, size + 1], device=device)
     tables = torch.randperm(20, device=device)[:18].view(6, 3)
-    lanes = Lanes(pages, tables, lengths, 2 * size)
+    lanes = Lanes(pages, tables, lengths, 2 * size, weighted)
     bound = BOUNDS[dtype]
     for n in queries:
         shape = (3, rows, n, heads, head_dim)
@@ -118,9 +156,10 @@ def _cases(
                     "dtype": dtype,
                     "head_dim": head_dim,
                     "page_size": size,
-                    "kv_dtype": row.name if row else None,
-                    "kv_groups": row.groups if row else None,
-                    "before_start": row is not None and is_exact,
+                    "kv_dtype": records.name if records else None,
+                    "kv_groups": records.groups if records else None,
+                    "before_start": records is not None and is_exact,
+                    "weighted": weighted,
                     "queries": n,
                     "error": _error(out, q, k, v, held),
                     "bound": bound if is_exact else max(bound, 5e-3),
@@ -143,9 +182,23 @@ def _paths(
         for part in (k, v)
     )
     ids = lanes.tables.view(rows, heads, -1)[:, :, : cached // lanes.pages.page_size]
-    lanes.pages.gather(ids, cached, keys, values)
+    gather_pages(lanes.pages, ids, keys, values)
     even = replace(lanes, lengths=torch.full_like(lanes.lengths, cached))
-    yield "gathered", backend.attend(q, keys, values, None, scale), even
+    bias = None
+    if lanes.weighted:
+        bias = q.new_zeros(rows, heads, 1, keys.shape[2], dtype=torch.float32)
+        held = [_log_weights(even, lane) for lane in range(rows * heads)]
+        bias[..., :cached] = torch.stack(held).view(rows, heads, 1, cached)
+    yield "gathered", backend.attend(q, keys, values, bias, scale), even
+
+
+def _log_weights(lanes: Lanes, lane: int) -> Tensor:
+    """Of the tokens that a lane holds, float32 [tokens]; zero where they have none."""
+    size, count = lanes.pages.page_size, int(lanes.lengths[lane])
+    if not lanes.weighted:
+        return torch.zeros(count, device=lanes.tables.device)
+    assert lanes.pages.weights is not None
+    return lanes.pages.weights[lanes.tables[lane], :size].flatten()[:count].float()
 
 
 def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, lanes: Lanes) -> float:
@@ -157,10 +210,13 @@ def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, lanes: Lanes) -> float:
         r, h = divmod(lane, q.shape[2])
         parts = []
         for stored, fresh in ((pages.keys, k), (pages.values, v)):
-            rows = stored[lanes.tables[lane]].flatten(0, 1)[:count]
-            tokens = _plain(rows, pages.row, q.dtype, q.shape[3])
+            kept = stored[lanes.tables[lane]].flatten(0, 1)[:count]
+            tokens = _plain(kept, pages, q.dtype, q.shape[3])
             parts.append(torch.cat((tokens, fresh[r, :, h])).float()[None, None])
-        wanted = F.scaled_dot_product_attention(q[r, :, h].float()[None, None], *parts)
+        log_weights = F.pad(_log_weights(lanes, lane), (0, q.shape[1]))
+        query = q[r, :, h].float()[None, None]
+        keys, values = parts
+        wanted = F.scaled_dot_product_attention(query, keys, values, log_weights[None, None, None])
         error = float((out[r, :, h].float() - wanted[0, 0]).abs().max())
         worst = max(worst, error if math.isfinite(error) else sys.float_info.max)
     return worst

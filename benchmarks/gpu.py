@@ -16,17 +16,20 @@ from rich.progress import Progress
 
 import kvruntime
 from benchmarks.common import interleaved, own_attention, ratios, spread
-from benchmarks.correctness import backends, correctness, filled_pool
-from kvruntime import BackendUnavailable, PagedKVCache
+from benchmarks.correctness import backends, correctness, filled_pool, gather_pages
+from kvruntime import BackendUnavailable, CacheOptions, PagedKVCache, Stats
 from kvruntime.attention import reasons_against_xformers
+from kvruntime.attention.base import Lanes
 from kvruntime.catalogue import find_model
 from kvruntime.demo import demo_labels
-from kvruntime.formats import RowFormat
-from kvruntime.plan import plan
-from kvruntime.pool import TORCH_DTYPES, Lanes, Pages, free_bytes
+from kvruntime.planning import max_rows, plan
 from kvruntime.reference import load_model
-from policies import CacheGeometry, ScaleSchedule
+from kvruntime.storage.layout import RecordFormat
+from kvruntime.storage.memory import free_bytes
+from kvruntime.storage.pool import Pages
+from policies import TORCH_DTYPES, CacheGeometry, ScaleSchedule
 
+POLICIES = ("full", "scalekv", "centroid")
 PLAN_FOR_A_CPU = find_model("emoji64").with_dtypes("float16", "float16")
 
 
@@ -117,11 +120,11 @@ def bandwidth(device: torch.device, sizes: Sizes, repeats: int) -> dict[str, Any
     ids = torch.randperm(num, device=device).view(1, 4, -1)[:, :, : num // 4]
     shape = (1, 4, ids.shape[2] * page_size, head_dim)
     keys, values = torch.empty((2, *shape), dtype=TORCH_DTYPES[dtype], device=device)
-    for name, row in (("exact", None), ("int4", RowFormat(4))):
-        pages = filled_pool(device, dtype, head_dim, page_size, row, num)
+    for name, records in (("exact", None), ("int4", RecordFormat(4))):
+        pages = filled_pool(device, dtype, head_dim, page_size, records, num)
 
         def gather(pages: Pages = pages) -> None:
-            pages.gather(ids, shape[2], keys, values)
+            gather_pages(pages, ids, keys, values)
 
         seconds = statistics.median(_seconds(device, gather, repeats))
         report[f"{name}_gather_bytes_per_second"] = num * page_bytes / seconds
@@ -134,21 +137,26 @@ def crossover(device: torch.device, sizes: Sizes, repeats: int) -> list[dict[str
     belongs.
     """
     return [
-        _crossing(device, sizes, repeats, row, cached, n)
-        for row in (None, RowFormat(4))
+        _crossing(device, sizes, repeats, records, cached, n)
+        for records in (None, RecordFormat(4))
         for cached in (sizes.budget, sizes.schedule.history)
         for n in sizes.schedule.tokens
     ]
 
 
 def _crossing(
-    device: torch.device, sizes: Sizes, repeats: int, row: RowFormat | None, cached: int, n: int
+    device: torch.device,
+    sizes: Sizes,
+    repeats: int,
+    records: RecordFormat | None,
+    cached: int,
+    n: int,
 ) -> dict[str, Any]:
     dtype, head_dim = sizes.dtypes[-1], sizes.head_dims[-1]
     rows, heads, page_size = 2, sizes.heads, 64
     lanes, width = rows * heads, -(-cached // page_size)
     backend = backends(device, dtype, head_dim)["xformers"]
-    pages = filled_pool(device, dtype, head_dim, page_size, row, lanes * width)
+    pages = filled_pool(device, dtype, head_dim, page_size, records, lanes * width)
     tables = torch.randperm(lanes * width, device=device).view(lanes, width)
     lengths = torch.full((lanes,), cached, device=device)
     held = Lanes(pages, tables, lengths, cached)
@@ -161,13 +169,13 @@ def _crossing(
         backend.attend_pages(q, k, v, held, 0.1)
 
     def gathered() -> None:
-        pages.gather(tables.view(rows, heads, width), cached, *workspace)
+        gather_pages(pages, tables.view(rows, heads, width), *workspace)
         keys[:, :, cached:] = k.transpose(1, 2)
         values[:, :, cached:] = v.transpose(1, 2)
         backend.attend(q, keys, values, None, 0.1)
 
     return {
-        "kv_dtype": row.name if row else None,
+        "kv_dtype": records.name if records else None,
         "cached_tokens": cached,
         "queries": n,
         "paged_seconds": spread(_seconds(device, paged, repeats)),
@@ -187,33 +195,39 @@ def attention(
         for n in sizes.schedule.tokens
     ]
 
+    last: dict[PagedKVCache, Stats] = {}
+
     def own() -> None:
         own_attention(steps)
         synchronise(device)
 
     def paged(cache: PagedKVCache) -> Callable[[], None]:
         def call() -> None:
-            with cache.open(rows):
+            with cache.open(rows) as generation:
                 for step in steps:
-                    cache.attend(0, *step)
+                    generation.attend(0, *step)
             synchronise(device)
+            last[cache] = generation.stats
 
         return call
 
     runs: dict[str, Callable[[], object]] = {"own": own}
     caches = {}
-    for policy in ("full", "scalekv"):
+    for policy in POLICIES:
         for kv_dtype in (None, "int4"):
             for backend in ("sdpa", "xformers"):
                 name = f"{policy} {kv_dtype or dtype} {backend}"
                 caches[name] = PagedKVCache(
                     geometry,
                     sizes.schedule,
-                    policy,
-                    sizes.budget,
-                    page_size=64,
-                    kv_dtype=kv_dtype,
-                    backend=backend,
+                    CacheOptions(
+                        policy=policy,
+                        budget=sizes.budget,
+                        page_size=64,
+                        kv_dtype=kv_dtype,
+                        backend=backend,
+                    ),
+                    softmax_scale=head_dim**-0.5,
                     device=device,
                 )
                 runs[name] = paged(caches[name])
@@ -222,8 +236,8 @@ def attention(
     for name, cache in caches.items():
         report[name] = {
             "time_ratio": spread(ratios(times[name], times["own"])),
-            "page_steps": cache.stats.page_steps,
-            "gather_steps": cache.stats.gather_steps,
+            "page_steps": last[cache].page_steps,
+            "gather_steps": last[cache].gather_steps,
             **_memory(device, cache, runs[name]),
         }
     return report
@@ -238,12 +252,12 @@ def _memory(
     planned = cache.plan(2).total_bytes
     if device.type != "cuda":
         return {"planned_bytes": planned, "peak_allocated_bytes": None}
+    cache.let_go()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    held = sum(part.nbytes for part in cache._executor.tensors) if cache._executor else 0
     before = torch.cuda.memory_allocated(device)
     draw()
-    peak = torch.cuda.max_memory_allocated(device) - before + held
+    peak = torch.cuda.max_memory_allocated(device) - before
     return {"planned_bytes": planned, "peak_allocated_bytes": peak}
 
 
@@ -262,7 +276,7 @@ def generate(
         synchronise(device)
 
     report: dict[str, Any] = {"own_seconds": spread(interleaved({"": draw}, repeats, progress)[""])}
-    for policy in ("full", "scalekv"):
+    for policy in POLICIES:
         for kv_dtype in (None, "int4"):
             with kvruntime.attach(
                 model, policy, 0.10, kv_dtype=kv_dtype, page_size=64, backend=sizes.backend
@@ -277,5 +291,5 @@ def generate(
                 "peak_pages": stats.peak_pages,
             }
     made = plan("infinity-8b", 1, "scalekv", 650, kv_dtype="int4")
-    report["infinity_8b_rows_in_free_memory"] = made.max_rows(free_bytes(device))
+    report["infinity_8b_rows_in_free_memory"] = max_rows(made, free_bytes(device))
     return report

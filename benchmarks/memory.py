@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from rich.progress import Progress
-from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.common import random_steps
 from benchmarks.ragged import RAGGED
 from kvruntime import CacheGeometry, CacheOptions, Generation, PagedKVCache, Policy, ScaleSchedule
-from policies import POLICY_NAMES, TORCH_DTYPES, make_policy
+from policies import POLICY_NAMES, make_policy
 
+POLICIES: dict[str, Policy] = {
+    **{name: make_policy(name) for name in POLICY_NAMES},
+    **{policy.name: policy for policy in RAGGED},
+}
+LEAST = 0.95  # of the planned bytes, that a generation needs; and never more than them
 SCOPE = "kvruntime"
 KERNEL = "aten::scaled_dot_product_attention"  # its buffers and output are the model's own as well
 SCOPED = ((PagedKVCache, "open"), (Generation, "attend"))
@@ -44,14 +48,13 @@ TINY = Sizes(ScaleSchedule.of([1, 2, 4, 8, 12]), 2, 6, 4, 64, 0.4, ("bfloat16",)
 
 
 def run(
-    repeats: int, progress: Progress | None, sizes: Sizes = FULL, policies: tuple[str, ...] = ()
+    progress: Progress | None, policies: tuple[str, ...] = (), sizes: Sizes | None = None
 ) -> list[dict[str, Any]]:
     """Measured against planned bytes: every policy and the ragged ones, exact and int4 pages, all
-    rows at once and one at a time. Nothing is timed: ``repeats`` does not matter. policies: some
-    of them; none are all.
+    rows at once and one at a time. policies: names of some; none are all.
     """
-    even: list[Policy] = [make_policy(name) for name in POLICY_NAMES]
-    chosen = [policy for policy in (*even, *RAGGED) if not policies or policy.name in policies]
+    sizes = sizes or FULL
+    chosen = [POLICIES[name] for name in policies or POLICIES]
     cases = [
         (policy, dtype, kv_dtype, chunks)
         for policy in chosen
@@ -107,17 +110,6 @@ def measure(
         "measured_bytes": measured,
         "ratio": measured / plan.total_bytes,
     }
-
-
-def random_steps(
-    schedule: ScaleSchedule, rows: int, heads: int, head_dim: int, dtype: str
-) -> list[Tensor]:
-    """q, k, v of every scale, [3, rows, n, heads, head_dim], the same for all layers."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(3, rows, n, heads, head_dim, generator=generator).to(TORCH_DTYPES[dtype])
-        for n in schedule.tokens
-    ]
 
 
 def peak_allocated_bytes(draw: Callable[[], object]) -> int:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kvruntime
-from benchmarks import memory
-from benchmarks.memory import TINY, allocations, measure, peak_allocated_bytes, random_steps
+from benchmarks.common import random_steps
+from benchmarks.memory import TINY, allocations, measure, peak_allocated_bytes
 from benchmarks.ragged import RAGGED
 from kvruntime import CacheGeometry, CacheOptions, PagedKVCache
 from kvruntime.planning.regions import output_bytes
@@ -93,4 +93,4 @@ def test_allocations_are_in_order_and_end():
     assert times == sorted(times)
     assert max(size for _, size, _ in changes) < 2**20
     assert sum(size for _, size, _ in changes) == 0, "all of it is given back"
-    assert memory.peak_allocated_bytes(lambda: torch.empty(2**20)) == 0
+    assert peak_allocated_bytes(lambda: torch.empty(2**20)) == 0

@@ -1,0 +1,176 @@
+"""What every benchmark writes, checked before it is written. docs/policies.md names the fields."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Results = TypeVar("Results")
+
+
+class Strict(BaseModel):
+    """No field more, none less."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Spread(Strict):
+    median: float
+    min: float
+    max: float
+
+
+class MeanAndError(Strict):
+    mean: float | None
+    se: float | None
+    count: int
+
+
+class Environment(Strict):
+    machine: str
+    processor: str
+    torch_threads: int
+    device: str
+    versions: dict[str, str | None]
+
+
+class Report(Strict, Generic[Results]):
+    """options: the others that the benchmark was called with."""
+
+    version: int = Field(ge=1, le=1)
+    benchmark: str
+    repeats: int = Field(ge=1)
+    options: dict[str, Any]
+    environment: Environment
+    results: Results
+
+
+class Allocator(Strict):
+    pages: int
+    pair_ms: float
+    per_page_pair_ms: float
+    speedup_vs_per_page: float
+    speedup_spread: Spread
+    call_pages: int
+    ns_per_page_by_pool_size: dict[str, float]
+
+
+class Attention(Strict):
+    """Ratios are of ours to torch.cat + SDPA, speed-ups the other way; shares are of a
+    generation's time: selection and compaction of scalekv, selection and folding of centroid,
+    turning records back at the int4 run that spends most in it, and in its worst step.
+    """
+
+    geometry: str
+    dtype: str
+    rows: int
+    budget_tokens: int
+    own_seconds: Spread
+    pair_speedup: float
+    full_ratio: Spread
+    scalekv_speedup: Spread
+    selection_share: Spread
+    centroid_speedup: Spread
+    fold_share: Spread
+    full_int4_ratio: Spread
+    scalekv_int4_speedup: Spread
+    selection_int4_share: Spread
+    centroid_int4_speedup: Spread
+    fold_int4_share: Spread
+    dequantize_share: Spread
+    dequantize_worst_step_share: Spread
+
+
+class Frontier(Strict):
+    """bytes_share: pages held at the peak over the bfloat16 bytes of the whole history. kl in
+    nats; psnr_db over the pictures that differ from the own cache's; paired_db: how much closer
+    they are than those of the first point.
+    """
+
+    policy: str
+    kv_dtype: str | None
+    budget: float | str
+    bytes_share: float
+    tokens: int
+    page_size: int
+    kv_start: int | None
+    pictures: int
+    identical_pictures: int
+    kl: float
+    psnr_db: MeanAndError
+    paired_db: MeanAndError
+    seconds: float
+
+
+class Generate(Strict):
+    """full_ratio: time over the own cache's; the others' over full's."""
+
+    pictures: int
+    dtype: str
+    own_seconds: Spread
+    full_ratio: float
+    full_ratio_spread: Spread
+    scalekv_ratio: float
+    scalekv_ratio_spread: Spread
+    centroid_ratio: float
+    centroid_ratio_spread: Spread
+    allocated_over_plan: dict[str, float]
+
+
+class Memory(Strict):
+    policy: str
+    dtype: str
+    kv_dtype: str | None
+    chunks: int
+    ragged: bool
+    page_bytes: int
+    workspace_bytes: int
+    planned_bytes: int
+    measured_bytes: int
+    ratio: float
+
+
+class CorrectnessCase(Strict):
+    backend: str
+    path: str
+    dtype: str
+    head_dim: int
+    page_size: int
+    kv_dtype: str | None
+    kv_groups: int | None
+    before_start: bool
+    weighted: bool
+    queries: int
+    error: float
+    bound: float
+
+
+class Crossing(Strict):
+    kv_dtype: str | None
+    cached_tokens: int
+    queries: int
+    paged_seconds: Spread
+    gathered_seconds: Spread
+
+
+class Gpu(Strict):
+    """attention and generate: own_seconds, and a record for each policy and format."""
+
+    device: str
+    correctness: list[CorrectnessCase]
+    all_correct: bool
+    bandwidth: dict[str, float]
+    crossover: list[Crossing]
+    attention: dict[str, Any]
+    generate: dict[str, Any]
+
+
+REPORTS: dict[str, type[Report[Any]]] = {
+    "allocator": Report[Allocator],
+    "attention": Report[list[Attention]],
+    "frontier": Report[list[Frontier]],
+    "generate": Report[Generate],
+    "gpu": Report[Gpu],
+    "memory": Report[list[Memory]],
+}
