@@ -224,6 +224,8 @@ class Generation:
     def _check_boundary(self, what: str) -> None:
         if not self._is_open:
             raise ScheduleError(f"{what}: this generation is closed")
+        if self._step is not None:
+            raise ScheduleError(f"{what} goes between scales: a step is running")
         if self._layer:
             raise ScheduleError(
                 f"{what} goes between scales: scale {self._scale} has served {self._layer} of "
