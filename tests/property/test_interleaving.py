@@ -1,0 +1,201 @@
+"""P2, P5, P6, P7 with several generations on one pool: whatever the others do, each draws what it
+draws alone.
+"""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
+
+import kvruntime.step.keep
+import kvruntime.step.run
+from allocator import BlockTable, OutOfPages
+from kvruntime.attention.sdpa import SDPA
+from tests.hazards.interrupts import Interrupts
+from tests.shared import CASES, Twin, pool_of
+
+seeds = st.integers(0, 3)
+
+
+class Broken(Exception):
+    pass
+
+
+PLACES = [
+    (BlockTable, "propose"),
+    (BlockTable, "commit"),
+    (SDPA, "attend"),
+    (kvruntime.step.run, "choose"),
+    (kvruntime.step.run, "commit"),
+    (kvruntime.step.keep, "write"),
+]
+
+
+class PoolOfGenerations(RuleBasedStateMachine):
+    twins = Bundle("twins")
+
+    @initialize(
+        names=st.lists(st.sampled_from(sorted(CASES)), min_size=2, max_size=3, unique=True),
+        num_pages=st.integers(12, 120),
+    )
+    def start(self, names, num_pages):
+        self.pool = pool_of(num_pages)
+        self.cases = [CASES[name]() for name in names]
+        self.caches = [case.cache(self.pool) for case in self.cases]
+        self.open_now = []
+
+    def reserved(self):
+        return sum(twin.generation.plan.peak_pages for twin in self.open_now)
+
+    def pages(self):
+        owned = [table.owned() for twin in self.open_now for table in twin.generation._tables]
+        return {page for ids in owned for page in ids.tolist()}
+
+    def gone(self, twin):
+        self.open_now.remove(twin)
+        twin.close()
+        assert not twin.generation.is_open and twin.generation.stats.live_pages == 0
+
+    @rule(target=twins, which=st.integers(0, 2))
+    def open(self, which):
+        cache = self.caches[which % len(self.caches)]
+        case = self.cases[which % len(self.caches)]
+        needed = cache.plan(case.rows).peak_pages
+        if needed + self.reserved() > self.pool.num_pages:
+            with pytest.raises(Exception, match=r"pages requested|needed") as caught:
+                cache.open(case.rows)
+            if needed <= self.pool.num_pages:
+                assert isinstance(caught.value, OutOfPages)
+                free = self.pool.num_pages - self.reserved()
+                assert (caught.value.requested, caught.value.free) == (needed, free)
+            return multiple()
+        twin = Twin(case, cache, cache.open(case.rows))
+        self.open_now.append(twin)
+        return twin
+
+    @rule(twin=twins, seed=seeds, steps=st.integers(1, 4))
+    def step(self, twin, seed, steps):
+        for _ in range(steps):
+            if twin in self.open_now and not twin.is_done:
+                twin.step(seed)
+
+    @rule(target=twins, twin=twins)
+    def fork(self, twin):
+        if twin not in self.open_now or not twin.is_between_scales:
+            return multiple()
+        if self.reserved() + twin.generation.plan.peak_pages > self.pool.num_pages:
+            with pytest.raises(OutOfPages):
+                twin.generation.fork()
+            return multiple()
+        other = twin.fork()
+        self.open_now.append(other)
+        return other
+
+    @rule(twin=twins, data=st.data())
+    def keep_rows(self, twin, data):
+        if twin in self.open_now and twin.is_between_scales:
+            everyone = range(twin.generation.rows)
+            places = data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True))
+            twin.keep_rows(places)
+
+    @rule(twin=consumes(twins))
+    def close(self, twin):
+        if twin in self.open_now:
+            self.gone(twin)
+
+    @rule(twin=consumes(twins))
+    def forget(self, twin):
+        """Nobody closes it: its pages come back when it is collected."""
+        if twin in self.open_now:
+            self.open_now.remove(twin)
+            twin.alone.close()
+            del twin.generation
+
+    @rule(twin=twins, where=st.sampled_from(PLACES), seed=seeds)
+    def fail(self, twin, where, seed):
+        if twin not in self.open_now or twin.is_done:
+            return
+
+        def broken(*args, **kwargs):
+            raise Broken
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*where, broken)
+            try:
+                inputs = twin.inputs(twin.generation.scale, twin.layer, seed, twin.rows)
+                twin.generation.attend(twin.layer, *inputs)
+            except Broken:
+                assert not twin.generation.is_open
+        self.gone(twin)
+
+    @rule(twin=twins, at=st.integers(1, 700), seed=seeds)
+    def interrupt(self, twin, at, seed):
+        if twin not in self.open_now or twin.is_done:
+            return
+        inputs = twin.inputs(twin.generation.scale, twin.layer, seed, twin.rows)
+        with pytest.MonkeyPatch.context(), Interrupts(at):
+            try:
+                twin.generation.attend(twin.layer, *inputs)
+            except KeyboardInterrupt:
+                pass
+        self.gone(twin)
+
+    @rule(twin=twins, at=st.integers(1, 120))
+    def interrupt_the_end(self, twin, at):
+        if twin not in self.open_now:
+            return
+        with Interrupts(at):
+            try:
+                twin.generation.close()
+            except KeyboardInterrupt:
+                pass
+        self.gone(twin)
+
+    @rule(twin=twins, at=st.integers(1, 300))
+    def interrupt_a_fork(self, twin, at):
+        if twin not in self.open_now or not twin.is_between_scales:
+            return
+        with Interrupts(at):
+            try:
+                twin.generation.fork()  # and nobody takes it
+            except (KeyboardInterrupt, OutOfPages):
+                pass
+
+    @rule(which=st.integers(0, 2), at=st.integers(1, 300))
+    def interrupt_an_opening(self, which, at):
+        which %= len(self.caches)
+        with Interrupts(at):
+            try:
+                self.caches[which].open(self.cases[which].rows)
+            except (KeyboardInterrupt, OutOfPages, ValueError):
+                pass
+            except Exception as error:
+                assert "needed" in str(error), error
+
+    @invariant()
+    def nothing_is_lost(self):
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check()
+        stats = self.pool.stats
+        assert stats.reserved_pages == self.reserved() <= stats.num_pages
+        assert stats.live_pages == len(self.pages()) <= stats.reserved_pages
+
+    def teardown(self):
+        for twin in list(getattr(self, "open_now", [])):
+            self.gone(twin)
+        if hasattr(self, "pool"):
+            assert self.pool.stats.live_pages == self.pool.stats.reserved_pages == 0
+            self.pool.check()
+
+
+PoolOfGenerations.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+TestPoolOfGenerations = PoolOfGenerations.TestCase
