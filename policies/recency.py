@@ -21,7 +21,7 @@ def highest(ranks: Tensor, keep: NDArray[np.int64]) -> Selection:
     """
     most = int(keep.max())
     places = ranks.sort(dim=-1, descending=True, stable=True).indices[..., :most]
-    beyond = torch.arange(most) >= torch.from_numpy(keep)[:, None]  # [heads, m]
+    beyond = torch.arange(most, device="cpu") >= torch.from_numpy(keep)[:, None]  # [heads, m]
     last = ranks.shape[-1]
     return Selection(places.masked_fill(beyond, last).sort(dim=-1).values)
 

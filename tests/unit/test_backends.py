@@ -6,35 +6,50 @@ import pytest
 import torch
 
 import kvruntime
-from kvruntime import BackendUnavailable, PagedKVCache
+from kvruntime import BackendUnavailable, CacheOptions, PagedKVCache
+from kvruntime.attention import choose_backend, reasons_against_xformers
+from kvruntime.attention.base import last_line
 from policies import CacheGeometry, ScaleSchedule
 from tests.support import every_attribute
 
 SCHEDULE = ScaleSchedule.of([1, 2, 3])
 
 
-def make(dtype="float32", head_dim=32, **options):
+def make(dtype="float32", head_dim=32, device="cpu", **options):
     geometry = CacheGeometry(1, 2, head_dim, dtype, dtype)
-    return PagedKVCache(geometry, SCHEDULE, "full", 1.0, **options)
+    chosen = CacheOptions("full", 1.0, **options)
+    return PagedKVCache(geometry, SCHEDULE, chosen, softmax_scale=1.0, device=device)
 
 
 def test_auto_on_a_cpu_is_sdpa_and_says_why():
-    stats = make().stats
-    assert stats.backend == "torch-sdpa"
-    assert stats.backend_reason == "auto: the device is cpu, xformers needs cuda"
-    assert make(backend="sdpa").stats.backend_reason == "asked for"
+    facts = make().facts
+    assert facts["backend"] == "torch-sdpa"
+    assert facts["backend_reason"] == "auto: the device is cpu, xformers needs cuda"
+    assert make(backend="sdpa").facts["backend_reason"] == "asked for"
+    stats = make().open(1).stats
+    assert (stats.backend, stats.backend_reason) == ("torch-sdpa", facts["backend_reason"])
 
 
-def test_auto_on_cuda_falls_back_aloud():
-    """Where torch sees no GPU the reason is that; a float32 model's would be its dtype."""
-    if torch.cuda.is_available():
-        pytest.skip("NOT RUN: there is a GPU")
-    stats = make(device="cuda").stats
-    assert stats.backend == "torch-sdpa"
-    assert stats.backend_reason == "auto: xformers cannot run here: torch sees no CUDA device"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="NOT RUN: there is a GPU")
+def test_a_back_end_for_cuda_where_torch_sees_none():
+    """The reason is that; a float32 model's would be its dtype."""
+    plan, cuda = make().plan(1), torch.device("cuda")
+    backend, why = choose_backend("auto", cuda, plan, 256)
+    assert backend.name == "torch-sdpa"
+    assert why == "auto: xformers cannot run here: torch sees no CUDA device"
     with pytest.raises(BackendUnavailable, match="torch sees no CUDA device") as caught:
-        make(device="cuda", backend="xformers")
-    assert caught.value.backend == "xformers"
+        choose_backend("xformers", cuda, plan, 256)
+    assert (caught.value.backend, caught.value.reasons) == (
+        "xformers",
+        ("torch sees no CUDA device",),
+    )
+
+
+def test_xformers_on_a_cpu_is_refused_in_its_own_words():
+    pytest.importorskip("xformers")
+    with pytest.raises(BackendUnavailable, match=r"xformers cannot run here: .*cpu"):
+        make("float16", backend="xformers")
+    assert reasons_against_xformers(torch.device("cpu"), make("float16").plan(1))
 
 
 def test_without_xformers_the_remedy_is_named(monkeypatch):
@@ -44,40 +59,64 @@ def test_without_xformers_the_remedy_is_named(monkeypatch):
         make("float16", backend="xformers")
 
 
+def test_the_last_line_of_an_error():
+    assert last_line("Traceback\n  deep\nKeyError: 3\n\n") == "KeyError: 3"
+    assert last_line(" \n") == "no message"
+
+
+def test_sdpa_never_reads_pages_and_adds_what_it_is_given():
+    backend, _ = choose_backend("sdpa", torch.device("cpu"), make().plan(1), 256)
+    assert not backend.reads_pages(None, 1, False)
+    with pytest.raises(NotImplementedError, match="no attention over pages"):
+        backend.attend_pages(None, None, None, None, 1.0)
+    q = torch.randn(2, 3, 4, 8)
+    keys, values = torch.randn(2, 2, 4, 5, 8)
+    bias = torch.randn(2, 4, 1, 5)
+    bias[..., 2] = -torch.inf
+    out = backend.attend(q, keys, values, bias, 0.7)
+    logits = q.transpose(1, 2).double() @ keys.double().transpose(2, 3) * 0.7 + bias
+    wanted = (logits.softmax(-1) @ values.double()).transpose(1, 2)
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=1e-6)
+    assert torch.equal(backend.attend(q, keys, values, bias[:1].expand_as(bias), 0.7)[:1], out[:1])
+
+
 @pytest.mark.parametrize(
-    ("options", "words"),
+    "options",
     [
-        ({"backend": "flash"}, "'flash' is not one of auto, sdpa, xformers"),
-        ({"paged_queries": -1}, "got -1"),
-        ({"paged_queries": 1.5}, r"got 1\.5"),
-        ({"paged_queries": True}, "got True"),
-        ({"kv_dtype": "int3"}, "not one of int2, int4, int8"),
-        ({"kv_dtype": "int4", "kv_groups": 8}, "take fewer groups"),
-        ({"kv_groups": 2}, "goes with a kv_dtype"),
-        ({"kv_dtype": "int4", "kv_start": 3}, r"a scale in 0\.\.2, got 3"),
-        ({"kv_dtype": "int4", "kv_start": True}, "got True"),
-        ({"kv_dtype": "int4", "page_size": 4}, "page_size must be a multiple of 8"),
-        ({"kv_start": 0}, "goes with a kv_dtype"),
-        ({"kv_dtype": "int4", "page_size": 2048}, "at most 1024 tokens, got 2048"),
+        {"backend": "flash"},
+        {"paged_queries": -1},
+        {"kv_dtype": "int3"},
+        {"kv_dtype": "int4", "kv_groups": 8},
+        {"kv_groups": 2},
+        {"kv_dtype": "int4", "kv_start": 99},
+        {"page_size": 0},
+        {"budget": "nothing"},
+        {"workspace": -1},
     ],
 )
-def test_bad_options_are_refused_before_anything_is_made(tiny_model, options, words):
-    with pytest.raises(ValueError, match=words):
-        make(**options)
-    if "page_size" in options or "kv_start" in options:
-        return  # the model's head dimension and schedule are others
+def test_bad_options_leave_a_model_as_it_was(tiny_model, options):
     before = every_attribute(tiny_model)
-    with pytest.raises(ValueError), kvruntime.attach(tiny_model, "full", 1.0, **options):
-        pass
+    with pytest.raises(ValueError):
+        with kvruntime.attach(tiny_model, "full", **({"budget": 1.0} | options)):
+            pass
     assert every_attribute(tiny_model) == before
 
 
 def test_a_default_device_does_not_matter():
-    q = torch.zeros(1, 1, 2, 32)
+    q = torch.zeros(1, 1, 2, 32, device="cpu")
     torch.set_default_device("meta")
     try:
-        with make().open(1) as cache:
-            assert cache.attend(0, q, q, q).device.type == "cpu"
+        for policy in ("full", "scalekv", "centroid", "streaming_llm", "ams_kv"):
+            cache = PagedKVCache(
+                CacheGeometry(1, 2, 32, "float32", "float32"),
+                ScaleSchedule.of([1, 4, 4, 4]),
+                CacheOptions(policy, 20, kv_dtype="int4"),
+                softmax_scale=1.0,
+            )
+            with cache.open(1) as generation:
+                for n in (1, 16, 16, 16):
+                    part = q[:, :1].expand(1, n, 2, 32)
+                    assert generation.attend(0, part, part, part).device.type == "cpu"
     finally:
         torch.set_default_device(None)
 

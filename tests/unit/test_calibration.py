@@ -1,12 +1,13 @@
 """Calibration against whole attention matrices, which it never forms itself."""
 
-import functools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kvruntime.calibration
+from kvruntime import PagedKVCache
 from kvruntime.calibration import calibrate
 from kvruntime.reference.tokenizer import PATCH_SIDES
 from kvruntime.reference.transformer import SelfAttention
@@ -81,12 +82,18 @@ def test_row_chunks_do_not_change_the_profile(tiny_model, monkeypatch):
         return calibrate(tiny_model, lambda: tiny_model.generate(labels), 3, "tiny")
 
     whole = profile()
-    limit = 700_000  # four rows, then two
-    monkeypatch.setattr(
-        "kvruntime.adapters.patching.PagedKVCache",
-        functools.partial(kvruntime.PagedKVCache, workspace_limit=limit),
-    )
+    chunks = []
+
+    def cache(geometry, schedule, options, **others):
+        plan = PagedKVCache(geometry, schedule, options, **others).plan(6)
+        limit = plan.for_rows(4).workspace_bytes  # four rows, then two
+        limited = PagedKVCache(geometry, schedule, replace(options, workspace=limit), **others)
+        chunks.append(limited.plan(6).chunk_rows)
+        return limited
+
+    monkeypatch.setattr("kvruntime.adapters.attachment.PagedKVCache", cache)
     chunked = profile()
+    assert chunks and all(1 < rows < 6 for rows in chunks), "several chunks"
     for name in ("selectivity", "similarity", "cached_mass"):
         for ours, theirs in zip(getattr(chunked, name), getattr(whole, name), strict=True):
             assert ours == pytest.approx(theirs, abs=2e-6)
