@@ -42,7 +42,9 @@ def calibrate(
 
 
 class _Statistics:
-    """Sums over observed steps, [scales][layers]."""
+    """Sums over observed steps, [scales][layers]. They stay on the device until ``profile`` reads
+    them: no step waits for it.
+    """
 
     def __init__(
         self, schedule: ScaleSchedule, layers: int, softmax_scale: float, top_share: float
@@ -50,43 +52,45 @@ class _Statistics:
         self._schedule = schedule
         self._softmax_scale = softmax_scale
         self._top_share = top_share
-        shape = (len(schedule), layers)
-        self._rows = torch.zeros(shape, dtype=torch.float64)
-        self._similarity = torch.zeros(shape, dtype=torch.float64)
-        self._cached_mass = torch.zeros(shape, dtype=torch.float64)
-        self._best_mass = torch.zeros(shape, dtype=torch.float64)
+        self._rows = torch.zeros(len(schedule), layers, dtype=torch.float64)
+        self._sums: Tensor | None = None  # cached mass, mass of the best, similarity
         self._last_keys: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, scale: int, layer: int, first_row: int, q: Tensor, keys: Tensor) -> None:
         rows = q.shape[0]
-        fresh = keys[:, :, -q.shape[1] :].float()
+        fresh = keys[:, :, -q.shape[1] :]
+        if self._sums is None:
+            shape = (3, *self._rows.shape)
+            with torch.inference_mode(False):  # it outlives a caller's inference_mode
+                self._sums = torch.zeros(shape, dtype=torch.float64, device=q.device)
         self._rows[scale, layer] += rows
         if scale:
+            last = self._last_keys.pop((layer, first_row))
             mass, best = self._attention(q, keys)
-            self._cached_mass[scale, layer] += rows * mass
-            self._best_mass[scale, layer] += rows * best
-            self._similarity[scale, layer] += rows * self._key_similarity(
-                scale, self._last_keys[layer, first_row], fresh
-            )
-        self._last_keys[layer, first_row] = fresh.clone()
+            similarity = self._key_similarity(scale, last.float(), fresh.float())
+            sums = self._sums[:, scale, layer]
+            for place, mean in enumerate((mass, best, similarity)):
+                sums[place] += rows * mean
+        if scale + 1 < len(self._schedule):  # nobody compares with the last scale's
+            self._last_keys[layer, first_row] = fresh.clone()
 
-    def _attention(self, q: Tensor, keys: Tensor) -> tuple[float, float]:
+    def _attention(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Mass on the cached tokens and on the K' best of them, means over rows, heads, queries."""
         rows, fresh, heads, _ = q.shape
         cached = keys.shape[2] - fresh
         best = max(1, math.ceil(self._top_share * cached))
         block = max(1, _BLOCK_NUMBERS // (rows * heads * keys.shape[2]))
         turned = keys.transpose(2, 3)
-        history = top = 0.0
+        history, top = torch.zeros(2, dtype=torch.float64, device=q.device)
         for start in range(0, fresh, block):
             part = q[:, start : start + block].transpose(1, 2) * self._softmax_scale
             weights = (part @ turned).softmax(dim=-1, dtype=torch.float32)[..., :cached]
-            history += float(weights.sum())
-            top += float(weights.topk(best, dim=-1, sorted=False).values.sum())
+            history += weights.sum()
+            top += weights.topk(best, dim=-1, sorted=False).values.sum()
         count = rows * fresh * heads
         return history / count, top / count
 
-    def _key_similarity(self, scale: int, last: Tensor, fresh: Tensor) -> float:
+    def _key_similarity(self, scale: int, last: Tensor, fresh: Tensor) -> Tensor:
         """Minus the mean distance of this scale's keys from the last scale's, resized (AMS-KV
         section 2.1).
 
@@ -98,7 +102,8 @@ class _Statistics:
         mode = "bilinear" if len(sizes[1]) == 2 else "trilinear"
         resized = F.interpolate(grid, sizes[1], mode=mode, align_corners=False)
         resized = resized.reshape(rows, heads, dim, -1).transpose(2, 3)
-        return -float((resized - fresh).norm(dim=-1).mean())
+        distance: Tensor = (resized - fresh).norm(dim=-1).mean()
+        return -distance
 
     def profile(self, name: str, pictures: int) -> Profile:
         """ASI = E[mass on the current map] x E[mass of the K' best cached tokens] / E[cached mass].
@@ -106,20 +111,20 @@ class _Statistics:
         ScaleKV's eq. 2 has no quotient; without it a layer that never looks back scores like a
         drafter.
         """
-        if not self._rows.all():
+        if self._sums is None or not self._rows.all():
             raise ValueError("draw() did not run every scale and layer of the model's sampler")
 
         def table(values: Tensor) -> tuple[tuple[float, ...], ...]:
             return tuple(tuple(round(x, 6) for x in line) for line in values.tolist())
 
-        mass, best = self._cached_mass / self._rows, self._best_mass / self._rows
+        mass, best, similarity = self._sums.cpu() / self._rows
         return Profile(
             version=1,
             model=name,
             sizes=self._schedule.sizes,
             pictures=pictures,
             selectivity=table((1.0 - mass) * best / mass.clamp_min(1e-12)),
-            similarity=table(self._similarity / self._rows),
+            similarity=table(similarity),
             cached_mass=table(mass),
         )
 
