@@ -12,7 +12,7 @@ from kvruntime.generation import Generation
 from kvruntime.options import CacheOptions, check_softmax_scale
 from kvruntime.planning import WORKSPACE_LIMIT, Plan, choose_policy, make_plan, require
 from kvruntime.planning.workspace import Workspaces
-from kvruntime.sizes import LARGEST
+from kvruntime.sizes import LARGEST, check_positive
 from kvruntime.step.run import Observer, Runner
 from kvruntime.storage.memory import free_bytes
 from kvruntime.storage.pool import Pool, real_device
@@ -71,6 +71,7 @@ class PagedKVCache:
         # one row is planned now, so that a budget that cannot work is refused before anything is
         # drawn
         self._row_plan = self._make_plan(1)
+        self._plans: dict[int, Plan] = {}
         self._backend, self._backend_reason = choose_backend(
             self.options.backend, self._device, self._row_plan, self.options.paged_queries
         )
@@ -102,7 +103,10 @@ class PagedKVCache:
         """What a generation of ``rows`` rows needs."""
         budget = self.options.budget
         if isinstance(budget, str) and not budget.strip().endswith("%"):
-            return self._make_plan(rows)  # bytes of a generation: more rows, fewer tokens
+            check_positive("rows", rows)
+            if rows not in self._plans:  # bytes of a generation: more rows, fewer tokens
+                self._plans[rows] = self._make_plan(rows)
+            return self._plans[rows].for_rows(rows)
         return self._row_plan.for_rows(rows)
 
     def _make_plan(self, rows: int) -> Plan:
