@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from kvruntime.catalogue import find_model
 from kvruntime.cli import app
-from kvruntime.plan import plan
+from kvruntime.planning import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

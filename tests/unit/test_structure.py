@@ -1,6 +1,7 @@
 """Imports go one way, the public names are the promised ones, and files stay readable."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,33 +12,53 @@ import kvruntime
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("allocator", "policies", "kvruntime")
-ORDER = [  # a module imports only from modules further down
-    {"cli"},
-    {"device", "demo"},
-    {"calibration"},
-    {"adapters"},
-    {"cache"},
-    {"executor"},
-    {"scheduler", "attention", "quality", "reference"},
-    {"pool"},
-    {"plan", "quantize"},
-    {"catalogue", "formats"},
-    {"errors"},
+READ = (*PACKAGES, "tests", "benchmarks")
+FLOORS = [  # of kvruntime, from the ground up: a module imports only from floors below its own
+    "errors sizes quality catalogue storage step reference.tokenizer reference.emoji",
+    "storage.layout storage.memory storage.transfer planning.positions planning.baseline",
+    "storage.records options reference.transformer",
+    "storage.pool planning.regions planning.roles reference reference.train",
+    "planning.workspace planning.demand attention.base attention.operators",
+    "planning.fit stats attention.sdpa",
+    "planning attention.xformers",
+    "attention attention.cubin step.prepare",
+    "step.read step.commit",
+    "step.choose step.fold step.keep step.shift",
+    "step.run device",
+    "generation",
+    "cache adapters.patching",
+    "adapters.attachment adapters.emoji adapters.var",
+    "adapters",
+    "calibration demo.pictures demo.table demo.compare",
+    "demo cli.common",
+    "cli.demo cli.doctor cli.plan",
+    "cli",
+    "cli.__main__",
 ]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 
 
-def modules():
-    for package in PACKAGES:
+def modules(packages=PACKAGES):
+    """Each file and its dotted name; a package has the name of its folder."""
+    for package in packages:
         for path in sorted((ROOT / package).rglob("*.py")):
-            yield path, ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            yield path, name.removesuffix(".__init__")
 
 
 def imports(path):
+    """Dotted names of everything a file imports, inside functions too; a name that is imported from
+    a package counts as that module where it is one.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            for alias in node.names:
+                inner = ROOT.joinpath(*node.module.split("."), alias.name)
+                is_module = inner.with_suffix(".py").exists() or (inner / "__init__.py").exists()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
 
 
 def test_the_two_lower_packages_stand_alone():
@@ -48,29 +69,71 @@ def test_the_two_lower_packages_stand_alone():
             assert not roots & {"torch", "policies", "kvruntime"}, name
         elif package == "policies":
             assert not roots & {"allocator", "kvruntime"}, name
-
-
-def floor(name):
-    part = name.split(".")[1]
-    return next((i for i, names in enumerate(ORDER) if part in names), None)
+        else:
+            assert not roots & {"tests", "benchmarks"}, name
 
 
 def test_imports_inside_kvruntime_go_one_way():
-    for path, name in modules():
-        if not name.startswith("kvruntime.") or name == "kvruntime.__init__":
+    names = [name for _, name in modules(["kvruntime"]) if name != "kvruntime"]
+    assert sorted(names) == sorted(f"kvruntime.{name}" for name in FLOOR), "each has its floor"
+    for path, name in modules(["kvruntime"]):
+        if name == "kvruntime":
             continue
-        mine = floor(name)
-        assert mine is not None, f"{name} has no place in the order"
+        mine = FLOOR[name.removeprefix("kvruntime.")]
         for module in imports(path):
-            if module.startswith("kvruntime."):
-                same = module.split(".")[1] == name.split(".")[1]
-                assert same or floor(module) > mine, f"{name} imports {module}"
+            if module.split(".")[0] == "kvruntime":
+                below = FLOOR.get(module.removeprefix("kvruntime."), len(FLOORS))
+                assert below < mine, f"{name} imports {module}"
 
 
-def test_only_the_attention_back_ends_may_import_xformers():
-    for path, name in modules():
-        if not name.startswith("kvruntime.attention"):
-            assert "xformers" not in {module.split(".")[0] for module in imports(path)}
+@pytest.mark.parametrize(
+    ("lower", "upper"),
+    [
+        ("errors sizes", "storage"),
+        ("storage", "step generation cache adapters"),
+        ("planning", "step generation cache adapters attention.xformers"),
+        ("attention", "step.run generation cache"),
+        ("step", "generation cache adapters"),
+        ("generation", "cache adapters"),
+        ("cache", "adapters.attachment adapters calibration demo cli"),
+        ("calibration demo device", "cli"),
+    ],
+)
+def test_the_floors_are_those_of_the_design(lower, upper):
+    def of(names):
+        return [
+            FLOOR[name]
+            for name in FLOOR
+            if any(name == wanted or name.startswith(f"{wanted}.") for wanted in names.split())
+            and name not in ("storage", "step", "attention.cubin", "cli.common")
+        ]
+
+    if "attention.xformers" in upper:  # it asks a plan for its formats
+        upper = upper.replace(" attention.xformers", "")
+        assert FLOOR["attention.xformers"] > FLOOR["planning.demand"]
+    assert min(of(upper)) >= max(of(lower)), (lower, upper)
+
+
+def test_allocator_and_policies_import_downwards_too():
+    """Files of each import in one order: none imports one that imports it, however far."""
+    graph = {}
+    for path, name in modules(["allocator", "policies"]):
+        graph[name] = {module for module in imports(path) if module.startswith(name.split(".")[0])}
+    done = set()
+    while len(done) < len(graph):
+        ready = {name for name in graph if name not in done and graph[name] <= done | {name}}
+        assert ready, f"a circle among {sorted(set(graph) - done)}"
+        done |= ready
+
+
+def test_only_the_attention_back_ends_may_import_xformers_or_triton():
+    for path, name in modules(READ):
+        if name.startswith(("kvruntime.attention", "tests.interpreter")):
+            continue
+        roots = {module.split(".")[0] for module in imports(path)}
+        assert "xformers" not in roots, name
+        if name.split(".")[0] in PACKAGES:
+            assert "triton" not in roots, name
 
 
 def test_no_pickle_but_in_training():
@@ -81,31 +144,66 @@ def test_no_pickle_but_in_training():
         assert "torch.load" not in text or "weights_only=True" in text
 
 
-def test_files_stay_readable():
+@pytest.mark.parametrize("package", READ)
+def test_files_stay_readable(package):
+    for path, name in modules([package]):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 300, f"{name}: {len(lines)} lines"
+
+
+def test_functions_stay_readable():
+    """At most 70 lines, signature and docstring included."""
     for path, name in modules():
-        assert len(path.read_text().splitlines()) <= 400, name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 70, f"{name}.{node.name}"
+
+
+PUBLIC = {
+    "Allocation",
+    "BackendUnavailable",
+    "CacheGeometry",
+    "CacheOptions",
+    "Generation",
+    "KVRuntimeError",
+    "OutOfPages",
+    "PageStateError",
+    "PagedKVCache",
+    "Policy",
+    "Pool",
+    "PoolStats",
+    "ScaleSchedule",
+    "ScheduleError",
+    "Selection",
+    "Stats",
+    "UnsupportedModel",
+    "WillNeverFit",
+    "attach",
+    "plan",
+}
 
 
 def test_public_names():
-    assert set(kvruntime.__all__) == {
-        "attach",
-        "plan",
-        "PagedKVCache",
-        "KVRuntimeError",
-        "OutOfPages",
-        "PageStateError",
-        "WillNeverFit",
-        "ScheduleError",
-        "BackendUnavailable",
-        "UnsupportedModel",
-    }
-    for name in kvruntime.__all__:
-        thing = getattr(kvruntime, name)
-        assert thing.__doc__, f"{name} is not documented"
-        if name not in ("attach", "plan", "PagedKVCache"):
-            assert issubclass(thing, kvruntime.KVRuntimeError)
+    assert set(kvruntime.__all__) == PUBLIC and kvruntime.__all__ == sorted(kvruntime.__all__)
     for package in PACKAGES:
         assert (ROOT / package / "py.typed").exists()
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_names_are_documented(name):
+    """Their docstring, and that of each of their methods that needs explaining."""
+    thing = getattr(kvruntime, name)
+    own = thing.__doc__ or ""
+    assert own.strip() and not own.startswith(f"{name}("), f"{name} has no docstring of its own"
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        assert issubclass(thing, kvruntime.KVRuntimeError)
+        return
+    if not inspect.isclass(thing):
+        return
+    for method, value in vars(thing).items():
+        if inspect.isfunction(value) and not method.startswith("_"):
+            arguments = set(inspect.signature(value).parameters) - {"self"}
+            assert value.__doc__ or not arguments, f"{name}.{method}"
 
 
 def test_importing_is_quiet_and_leaves_plotting_alone():
@@ -130,10 +228,7 @@ def test_a_foreign_package_of_the_same_name_is_named(tmp_path):
     assert "needs its own package 'policies'" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_public_functions_are_documented(package):
-    for path, name in modules():
-        if name.split(".")[0] != package:
-            continue
+def test_modules_are_documented():
+    for path, name in modules(READ):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree) or (path.name == "__init__.py" and not tree.body), name
