@@ -110,6 +110,11 @@ def find_model(name: str, resolution: str | None = None, aspect: str | None = No
     return Model(key, geometry, schedule, profile=profile)
 
 
+def profile_names() -> tuple[str, ...]:
+    """The models whose statistics are shipped."""
+    return tuple(name for name in MODEL_NAMES if find_model(name).profile)
+
+
 def recognise(geometry: CacheGeometry, schedule: ScaleSchedule) -> Model | None:
     """The catalogue's model of this shape that draws in this schedule, whatever its number format;
     None if there is none.

@@ -142,11 +142,9 @@ class Generation:
         if self._scale == len(schedule):
             raise ScheduleError(f"all {self._scale} scales are done: close() and open() again")
         tokens, heads, dim = schedule.tokens[self._scale], geometry.heads, geometry.head_dim
-        if tuple(q.shape) == (self._rows, heads, tokens, dim) and tokens != heads:
-            raise ValueError(
-                f"q is {tuple(q.shape)}: it looks transposed, [rows, heads, n, head_dim]; pass "
-                f"[rows, n, heads, head_dim], here {(self._rows, tokens, heads, dim)}"
-            )
+        shape = (self._rows, tokens, heads, dim)
+        for name, part in (("q", q), ("k", k), ("v", v)):
+            _refuse_transposed(name, part, shape)
         wanted = (self._layer, self._rows, tokens)
         if (layer, q.shape[0], q.shape[1]) != wanted:
             raise ScheduleError(
@@ -154,7 +152,7 @@ class Generation:
                 f"of {wanted[2]} tokens, "
                 f"got layer {layer} with {q.shape[0]} rows of {q.shape[1]}"
             )
-        shape, dtype = (self._rows, tokens, heads, dim), TORCH_DTYPES[geometry.key_dtype]
+        dtype = TORCH_DTYPES[geometry.key_dtype]
         for name, part in (("q", q), ("k", k), ("v", v)):
             if part.shape != shape or part.dtype != dtype:
                 raise ValueError(
@@ -289,4 +287,14 @@ class Generation:
             baseline_bytes=baseline["all_scales_bytes"],
             history_bytes=baseline["history_bytes"],
             timeline=tuple(self._timeline),
+        )
+
+
+def _refuse_transposed(name: str, part: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """Raise ValueError for [rows, heads, n, head_dim] where it can be told from ``shape``."""
+    rows, tokens, heads, dim = shape
+    if tuple(part.shape) == (rows, heads, tokens, dim) and tokens != heads:
+        raise ValueError(
+            f"{name} is {tuple(part.shape)}: it looks transposed, [rows, heads, n, head_dim]; pass "
+            f"[rows, n, heads, head_dim], here {shape}"
         )

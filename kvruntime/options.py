@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvruntime.catalogue import profile_names
 from kvruntime.sizes import check_positive, parse_bytes, parse_share
 from kvruntime.storage.layout import RecordFormat
-from policies import Policy, Profile, load_profile
+from policies import Policy, Profile, load_profile, preset_names
 
 BACKENDS = ("auto", "sdpa", "xformers")
 PAGED_QUERIES = 256  # not measured yet: no GPU in our tests; `python -m benchmarks gpu` tells
@@ -100,7 +101,7 @@ class CacheOptions:
                 f"{self.policy.name} is an object with roles of its own: give no profile"
             )
         if isinstance(self.profile, str | Path):
-            object.__setattr__(self, "profile", load_profile(self.profile))
+            object.__setattr__(self, "profile", _read_profile(self.profile))
 
     @property
     def records(self) -> RecordFormat | None:
@@ -110,6 +111,19 @@ class CacheOptions:
                 raise ValueError(f"kv_groups {self.kv_groups} goes with a kv_dtype")
             return None
         return RecordFormat.named(self.kv_dtype, self.kv_groups)
+
+
+def _read_profile(path: str | Path) -> Profile:
+    """Raises FileNotFoundError that says which models need no file."""
+    try:
+        return load_profile(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"profile {str(path)!r} is no file. Without one there are the profile of "
+            f"{', '.join(profile_names())} and the published presets of "
+            f"{', '.join(preset_names())}, which such a model gets by itself; calibrate() makes "
+            "others"
+        ) from None
 
 
 def check_softmax_scale(softmax_scale: object) -> float:

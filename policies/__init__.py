@@ -16,7 +16,7 @@ from policies.base import (
 )
 from policies.budgets import check_allocation
 from policies.centroid import Centroid
-from policies.profile import Preset, Profile, load_preset, load_profile
+from policies.profile import Preset, Profile, load_preset, load_profile, preset_names
 from policies.recency import Full, SlidingWindow, StreamingLLM
 from policies.scalekv import ScaleKV, scalekv_from
 from policies.schedule import DTYPE_BYTES, CacheGeometry, Lengths, ScaleSchedule
@@ -68,5 +68,6 @@ __all__ = [
     "load_preset",
     "load_profile",
     "make_policy",
+    "preset_names",
     "torch_bytes",
 ]

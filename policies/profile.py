@@ -113,6 +113,12 @@ def load_preset(model: str) -> Preset | None:
     return _load(path, Preset) if path.exists() else None
 
 
+def preset_names() -> tuple[str, ...]:
+    """The models whose published presets are shipped."""
+    paths = (Path(__file__).parent / "presets").glob("scalekv-*.json")
+    return tuple(sorted(path.stem.removeprefix("scalekv-") for path in paths))
+
+
 def _load(path: Path, kind: type[_File]) -> _File:
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never end, nor a device
         raise ValueError(f"{path}: not a regular file")

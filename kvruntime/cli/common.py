@@ -57,6 +57,8 @@ def parse_budget(text: str) -> float | str:
 def exit_codes() -> Iterator[None]:
     """Errors as one line on stderr: exit code 3 for too little memory, 2 for bad input."""
     try:
+        if sys.stdout is None:  # as a shell's >&- leaves it
+            raise OSError("standard output is closed")
         yield
     except (WillNeverFit, OutOfPages, MemoryError) as error:
         Console(stderr=True).print(
@@ -71,6 +73,4 @@ def exit_codes() -> Iterator[None]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    if sys.stdout is None:  # as a shell's >&- leaves it
-        raise OSError("standard output is closed")
     sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
