@@ -64,9 +64,7 @@ class PageAllocator:
 
         Raises OutOfPages, taking none, if fewer are free.
         """
-        count = operator.index(count)
-        if count < 0:
-            raise ValueError(f"count must not be negative, got {count}")
+        count = _checked(count)
         if count > self.num_free:
             raise OutOfPages(count, self.num_free, self.num_pages)
         self.num_free -= count
@@ -107,7 +105,7 @@ class PageAllocator:
         Pages in use never exceed the larger of before and after. Raises OutOfPages, changing
         nothing, if what is free and what becomes free are not enough.
         """
-        ids = np.asarray(dropped)
+        ids, count = np.asarray(dropped), _checked(count)
         if count > self.num_free:
             free = self.num_free + int(np.count_nonzero(self.references(ids) == 1))
             if count > free:
@@ -184,3 +182,10 @@ class PageAllocator:
             self._references[ids] = owners
             raise PageStateError(f"page {ids[found != marks][0]} is named twice in one call")
         return ids, owners
+
+
+def _checked(count: int) -> int:
+    count = operator.index(count)
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    return count

@@ -20,24 +20,19 @@ from allocator import BlockTable, OutOfPages, PageAllocator
 
 @dataclass(eq=False)
 class Held:
-    """A table and the pages that a plain list says its lanes own."""
+    """A table, and what plain lists say its lanes own."""
 
     table: BlockTable
     lanes: list[list[list[int]]]  # [rows][heads][pages]
-    lengths: list[int]
-
-
-def pages_for(tokens, page_size):
-    return (tokens + page_size - 1) // page_size
+    lengths: list[list[int]]  # [rows][heads]
 
 
 class TableMachine(RuleBasedStateMachine):
     tables = Bundle("tables")
 
-    @initialize(num_pages=st.integers(1, 24), page_size=st.integers(1, 3))
-    def start(self, num_pages, page_size):
+    @initialize(num_pages=st.integers(1, 24))
+    def start(self, num_pages):
         self.allocator = PageAllocator(num_pages)
-        self.page_size = page_size
         self.held = []
 
     def owners(self):
@@ -49,79 +44,127 @@ class TableMachine(RuleBasedStateMachine):
                         count[page] = count.get(page, 0) + 1
         return count
 
-    @rule(target=tables, rows=st.integers(1, 2), heads=st.integers(1, 3))
+    @rule(target=tables, rows=st.integers(1, 3), heads=st.integers(1, 3))
     def open(self, rows, heads):
         held = Held(
-            BlockTable(self.allocator, rows, heads, self.page_size),
+            BlockTable(self.allocator, rows, heads),
             [[[] for _ in range(heads)] for _ in range(rows)],
-            [0] * heads,
+            [[0] * heads for _ in range(rows)],
         )
         self.held.append(held)
         return held
 
-    @rule(held=tables, data=st.data())
-    def resize(self, held, data):
-        heads = len(held.lengths)
+    @rule(
+        held=tables,
+        data=st.data(),
+        page_size=st.integers(1, 3),
+        afresh=st.sampled_from([False, False, True]),
+    )
+    def change(self, held, data, page_size, afresh):
+        """Some rows get new lengths: worked out without a trace, then carried out or refused."""
+        table, rows, heads = held.table, len(held.lanes), len(held.lanes[0])
+        start = data.draw(st.integers(0, rows - 1))
+        some = range(start, data.draw(st.integers(start + 1, rows)))
         lengths = data.draw(st.lists(st.integers(0, 8), min_size=heads, max_size=heads))
-        new = [pages_for(tokens, self.page_size) for tokens in lengths]
+        counts = [-(-tokens // page_size) for tokens in lengths]
+        written = None
+        if data.draw(st.booleans()):
+            places = st.lists(st.booleans(), min_size=max(counts), max_size=max(counts))
+            written = np.array([data.draw(places) for _ in lengths], dtype=bool)
         owners = self.owners()
-        rows = held.lanes
-        dropped = [page for row in rows for h, lane in enumerate(row) for page in lane[new[h] :]]
-        needed = sum(max(0, new[h] - len(lane)) for row in rows for h, lane in enumerate(row))
+
+        def goes(r, h, place, page):
+            """Whether the lane gives this page back."""
+            is_written = written is None or bool(written[h, place : place + 1].any())
+            return afresh or place >= counts[h] or (is_written and owners[page] > 1)
+
+        stay = {
+            (r, h, place): page
+            for r in some
+            for h, lane in enumerate(held.lanes[r])
+            for place, page in enumerate(lane)
+            if not goes(r, h, place, page)
+        }
+        before = [page for r in some for lane in held.lanes[r] for page in lane]
+        dropped = [page for page in before if page not in stay.values()]
+        taken = len(some) * sum(counts) - len(stay)
+        state = [part.copy() for part in table.state]
+        books = self.allocator._references.copy(), self.allocator.num_free
+
+        change = table.propose(
+            slice(some.start, some.stop), np.array(lengths), page_size, written, afresh
+        )
+        assert all(map(np.array_equal, table.state, state)), "a proposal changes the table"
+        assert (self.allocator._references == books[0]).all()
+        assert change.num_taken == taken and sorted(change.dropped.tolist()) == sorted(dropped)
+
         room = self.allocator.num_free + sum(owners[page] == 1 for page in dropped)
-        before = held.table.pages.copy(), held.table.lengths.copy(), self.allocator.num_free
-        if needed > room:
+        if taken > room:
             with pytest.raises(OutOfPages) as caught:
-                held.table.resize(lengths)
+                table.commit(change)
             error = caught.value
-            assert error.requested == needed and error.total == self.allocator.num_pages
-            assert self.allocator.num_free <= error.free == room
-            assert np.array_equal(held.table.pages, before[0])
-            assert np.array_equal(held.table.lengths, before[1])
-            assert self.allocator.num_free == before[2]
+            assert (error.requested, error.free, error.total) == (
+                taken,
+                room,
+                self.allocator.num_pages,
+            )
+            assert all(map(np.array_equal, table.state, state))
+            assert (self.allocator._references == books[0]).all()
+            assert self.allocator.num_free == books[1]
             return
-        most = max(self.allocator.num_live, self.allocator.num_live + needed)
-        self.allocator.reset_high_water()
-        live = self.allocator.num_live
-        held.table.resize(np.array(lengths))
-        if not (dropped and needed):
-            assert self.allocator.high_water == max(live, self.allocator.num_live) <= most
-        held.lengths = lengths
-        for r, row in enumerate(rows):
-            for h, lane in enumerate(row):
-                kept = held.table.pages[r, h, : new[h]].tolist()
-                assert kept[: len(lane)] == lane[: new[h]], "a kept page moved"
-                row[h] = kept
+        live, self.allocator.high_water = self.allocator.num_live, self.allocator.num_live
+        old, new = table.commit(change)
+        assert self.allocator.high_water == max(live, self.allocator.num_live), "drops first"
+        copied = [
+            (page, int(table.pages[r, h, place]))
+            for r in some
+            for h, lane in enumerate(held.lanes[r])
+            for place, page in enumerate(lane)
+            if not afresh and place < counts[h] and (r, h, place) not in stay
+        ]
+        assert list(zip(old.tolist(), new.tolist(), strict=True)) == copied, "copy-on-write"
+        for r in some:
+            held.lengths[r] = list(lengths)
+            for h in range(heads):
+                mine = table.pages[r, h, : counts[h]].tolist()
+                for place, page in enumerate(mine):
+                    at = (r, h, place)
+                    assert page == stay[at] if at in stay else page not in stay.values()
+                held.lanes[r][h] = mine
+        assert not set(old.tolist()) & set(new.tolist()), "a page is written before it is copied"
 
     @rule(target=tables, held=tables)
     def share(self, held):
         twin = Held(
             held.table.share(),
             [[list(lane) for lane in row] for row in held.lanes],
-            held.lengths[:],
+            [list(row) for row in held.lengths],
         )
         self.held.append(twin)
         return twin
 
-    @rule(held=tables, first=st.integers(0, 8))
-    def replace_shared(self, held, first):
-        owners = self.owners()
-        start = first // self.page_size
-        shared = [
-            page for row in held.lanes for lane in row for page in lane[start:] if owners[page] > 1
-        ]
-        if len(shared) > self.allocator.num_free:
-            before = held.table.pages.copy()
-            with pytest.raises(OutOfPages):
-                held.table.replace_shared(first)
-            assert np.array_equal(held.table.pages, before)
-            return
-        old, new = held.table.replace_shared(first)
-        assert old.tolist() == shared and not set(new.tolist()) & set(owners)
-        swap = dict(zip(old.tolist(), new.tolist(), strict=True))
-        for row in held.lanes:
-            for lane in row:
-                lane[start:] = [swap.get(page, page) for page in lane[start:]]
+    @rule(held=tables, data=st.data())
+    def keep_rows(self, held, data):
+        everyone = range(len(held.lanes))
+        rows = data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True))
+        held.table.keep_rows(np.array(rows))
+        held.lanes = [held.lanes[row] for row in rows]
+        held.lengths = [held.lengths[row] for row in rows]
+
+    @rule(held=tables)
+    def release(self, held):
+        held.table.release()
+        held.lanes = [[[] for _ in row] for row in held.lanes]
+        held.lengths = [[0 for _ in row] for row in held.lengths]
+
+    @rule(held=tables, others=st.integers(0, 3))
+    def rebuild(self, held, others):
+        """The allocator forgets everything and believes the tables."""
+        before = self.allocator.references(range(self.allocator.num_pages)).tolist()
+        self.allocator._references[:] = 7
+        self.allocator.num_free = others
+        self.allocator.rebuild(held.table.owned() for held in self.held)
+        assert self.allocator.references(range(self.allocator.num_pages)).tolist() == before
 
     @rule(target=tables, held=consumes(tables))
     def close(self, held):
@@ -132,19 +175,19 @@ class TableMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees_with_the_lists(self):
+        if not hasattr(self, "held"):
+            return
         self.allocator.check()
         owners = self.owners()
         assert self.allocator.num_live == len(owners)
+        assert self.allocator.is_sharing == any(count > 1 for count in owners.values())
         for page, count in owners.items():
             assert self.allocator.references([page])[0] == count
         for held in self.held:
             table = held.table
             table.check()
             assert table.lengths.tolist() == held.lengths
-            assert table.num_pages.tolist() == [
-                pages_for(tokens, self.page_size) for tokens in held.lengths
-            ]
-            assert table.is_ragged == (len(set(held.lengths)) > 1)
+            assert table.num_pages.tolist() == [[len(lane) for lane in row] for row in held.lanes]
             assert table.owned().tolist() == [p for row in held.lanes for lane in row for p in lane]
             for r, row in enumerate(held.lanes):
                 for h, lane in enumerate(row):
@@ -152,9 +195,10 @@ class TableMachine(RuleBasedStateMachine):
                     assert not table.pages[r, h, len(lane) :].any()
 
     def teardown(self):
-        for held in self.held:
+        for held in getattr(self, "held", []):
             held.table.release()
-        assert self.allocator.num_free == self.allocator.num_pages, "leak"
+        if hasattr(self, "held"):
+            assert self.allocator.num_free == self.allocator.num_pages, "leak"
 
 
 TestTable = TableMachine.TestCase

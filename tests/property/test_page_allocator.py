@@ -74,6 +74,50 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert freed == sum(self.model[page] == 1 for page in pages)
         self.model -= Counter(pages)
 
+    @rule(data=st.data(), count=st.integers(0, 14))
+    def exchange(self, data, count):
+        pages = []
+        if self.model:
+            pages = data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True))
+        freed = sum(self.model[page] == 1 for page in pages)
+        free = self.allocator.num_pages - len(self.model) + freed
+        if count > free:
+            error = self.refused(lambda: self.allocator.exchange(pages, count), OutOfPages)
+            assert (error.requested, error.free, error.total) == (
+                count,
+                free,
+                self.allocator.num_pages,
+            )
+            return
+        taken = self.allocator.exchange(pages, count)
+        self.model -= Counter(pages)
+        assert taken.dtype == np.int32 and taken.shape == (count,)
+        assert not self.model.keys() & set(taken.tolist()), "handed out a live page"
+        self.model.update(taken.tolist())
+        self.most = max(self.most, len(self.model))
+
+    @rule(page=st.integers(-2, 14), count=st.integers(0, 3))
+    def exchange_of_a_dead_page(self, page, count):
+        """Also where the pages that are asked for are there."""
+        if page not in self.model:
+            self.refused(
+                lambda: self.allocator.exchange([page], count), (PageStateError, OutOfPages)
+            )
+
+    @rule(data=st.data())
+    def rebuild(self, data):
+        """From the owners alone, whatever the books say."""
+        owners = [[] for _ in range(max(self.model.values(), default=0))]
+        for page, count in self.model.items():
+            for owner in data.draw(st.permutations(owners))[:count]:
+                owner.append(page)
+        rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+        for book in (self.allocator._stack, self.allocator._references):
+            book[:] = rng.integers(-3, 99, book.size)
+        self.allocator.num_free = int(rng.integers(0, 99))
+        self.allocator._extra_references = -1
+        self.allocator.rebuild(np.array(ids, dtype=np.int32) for ids in owners)
+
     @rule(data=st.data(), page=st.integers(-2, 14))
     def dead_or_foreign_page(self, data, page):
         if page in self.model:
@@ -114,6 +158,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         total = self.allocator.num_pages
         assert self.allocator.num_free + self.allocator.num_live == total
         assert self.allocator.num_live == len(self.model)
+        assert self.allocator.is_sharing == any(count > 1 for count in self.model.values())
         assert self.allocator.high_water == self.most
         assert self.allocator.references(range(total)).tolist() == [
             self.model[page] for page in range(total)

@@ -66,6 +66,59 @@ def test_empty_calls_are_allowed():
     allocator.retain(np.empty((0, 3)))
 
 
+def test_pages_of_an_exchange_serve_the_same_exchange():
+    allocator = PageAllocator(4)
+    pages = allocator.allocate(4)
+    assert sorted(allocator.exchange(pages[:3], 3).tolist()) == sorted(pages[:3].tolist())
+    assert allocator.num_free == 0 and allocator.high_water == 4
+    allocator.check()
+
+
+def test_a_shared_page_that_is_dropped_is_not_free_for_an_exchange():
+    allocator = PageAllocator(3)
+    pages = allocator.allocate(3)
+    allocator.retain(pages[:1])
+    with pytest.raises(OutOfPages) as caught:
+        allocator.exchange(pages[:2], 2)
+    assert (caught.value.requested, caught.value.free) == (2, 1)
+    assert allocator.references(pages).tolist() == [2, 1, 1]
+    assert allocator.exchange(pages[:2], 1).tolist() == [pages[1]]
+    assert allocator.references(pages).tolist() == [1, 1, 1] and not allocator.is_sharing
+    allocator.check()
+
+
+def test_an_exchange_that_is_refused_changes_nothing():
+    allocator = PageAllocator(3)
+    pages = allocator.allocate(2)
+    for dropped, count, error in (
+        ([pages[0], pages[0]], 1, PageStateError),
+        ([2], 1, PageStateError),
+        ([pages[0], 7], 2, PageStateError),
+        (pages, 4, OutOfPages),
+        (pages, -1, ValueError),
+        (pages, 0.5, TypeError),
+    ):
+        with pytest.raises(error):
+            allocator.exchange(dropped, count)
+        assert allocator.references(range(3)).tolist() == [1, 1, 0], (dropped, count)
+        assert (allocator.num_free, allocator.high_water) == (1, 2)
+        allocator.check()
+
+
+def test_rebuild_believes_the_owners():
+    allocator = PageAllocator(5)
+    allocator.allocate(5)
+    allocator.rebuild([np.array([1, 4], dtype=np.int32), np.array([4], dtype=np.int32)])
+    assert allocator.references(range(5)).tolist() == [0, 1, 0, 0, 2]
+    assert allocator.is_sharing and allocator.num_free == 3 and allocator.high_water == 5
+    assert sorted(allocator.allocate(3).tolist()) == [0, 2, 3]
+    allocator.check()
+    allocator.rebuild([])
+    assert allocator.num_free == 5 and not allocator.is_sharing
+    assert allocator.allocate(1).tolist() == [0], "the lowest first, as in a new one"
+    allocator.check()
+
+
 def test_more_ids_than_pages():
     allocator = PageAllocator(2)
     allocator.allocate(2)
@@ -106,6 +159,11 @@ def damage_count(allocator):
     allocator.num_free -= 1
 
 
+def damage_extra(allocator):
+    allocator.retain(allocator.allocate(1))
+    allocator._extra_references = 0
+
+
 def damage_high_water(allocator):
     allocator.high_water = 9
 
@@ -123,6 +181,7 @@ def damage_high_water_low(allocator):
         (damage_live, r"^pages lost or invented$"),
         (damage_sign, r"^a free page is not where it says$"),
         (damage_count, r"^pages lost or invented$"),
+        (damage_extra, r"^extra references miscounted$"),
         (damage_high_water, r"^high-water mark out of range$"),
         (damage_high_water_low, r"^high-water mark out of range$"),
     ],
