@@ -1,6 +1,9 @@
 """P7: a live page's content never changes under another owner, forks included."""
 
+import gc
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -10,155 +13,226 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     multiple,
-    precondition,
     rule,
 )
 
 from allocator import BlockTable, OutOfPages
-from kvruntime.pool import Pool, write
-from policies import CacheGeometry
+from kvruntime import Pool
+from kvruntime.errors import WillNeverFit
+from kvruntime.storage.layout import PageLayout
+from kvruntime.storage.pool import write
 
-DIM = 2
+DIM, HALF, WEIGHTS = 2, 48, 12  # bytes of a page's K, and of its log weights
+SIZES = (1, 2, 3, 6)  # tokens in a page
+
+
+class Owner:
+    """Stands for a generation of one layer. Of each lane [rows][heads]: what its tokens hold, as
+    numbers [n, 2 * DIM + 1], K, V and the log weight.
+    """
+
+    def __init__(self, pool, rows, heads):
+        self.tables = [BlockTable(pool.allocator, rows, heads)]
+        self.dense = [[torch.zeros(0, 2 * DIM + 1) for _ in range(heads)] for _ in range(rows)]
+        self.layout = PageLayout(1, HALF, DIM, "float32")
+
+    @property
+    def table(self):
+        return self.tables[0]
+
+
+class Broken(Exception):
+    pass
 
 
 class PoolMachine(RuleBasedStateMachine):
     """Tables over one pool, each beside a dense copy of what its lanes hold."""
 
-    tables = Bundle("tables")
+    owners = Bundle("owners")
 
-    @initialize(num_pages=st.integers(4, 20), page_size=st.integers(1, 3))
-    def start(self, num_pages, page_size):
-        geometry = CacheGeometry(1, 1, DIM, "float32", "float32")
-        self.pool = Pool(num_pages, page_size, geometry, torch.device("cpu"))
-        self.pages = self.pool.exact
-        self.pages.keys.fill_(torch.nan)
-        self.pages.values.fill_(torch.nan)
-        self.dense = {}
-        self.counter = 0
+    @initialize(num_pages=st.integers(4, 30))
+    def start(self, num_pages):
+        self.pool = Pool(num_pages=num_pages, page_bytes=2 * HALF, weight_bytes=WEIGHTS)
+        for part in (self.pool.keys, self.pool.values, self.pool.weights):
+            part.fill_(0xFF)
+        self.open_now, self.counter = {}, 0
 
-    def put(self, table, places, k, v):
-        slots = torch.from_numpy(self.pool.slots(table, np.asarray(places)))
-        write(self.pages.keys, slots, k)
-        write(self.pages.values, slots, v)
+    @rule(target=owners, rows=st.integers(1, 2), heads=st.integers(1, 2), pages=st.integers(0, 12))
+    def open(self, rows, heads, pages):
+        owner = Owner(self.pool, rows, heads)
+        return self.admitted(owner, pages)
 
-    def fresh(self, rows, heads, tokens):
-        """Content that no other call ever writes."""
-        count = rows * heads * tokens * DIM
-        k = torch.arange(self.counter, self.counter + count, dtype=torch.float32)
-        self.counter += count
-        return k.view(rows, heads, tokens, DIM), -k.view(rows, heads, tokens, DIM) - 1
+    def admitted(self, owner, pages):
+        free = self.pool.num_pages - sum(self.open_now.values())
+        if pages > free:
+            never = pages > self.pool.num_pages
+            with pytest.raises(WillNeverFit if never else OutOfPages):
+                self.pool.admit(owner, owner.tables, pages)
+            return multiple()
+        self.pool.admit(owner, owner.tables, pages)
+        self.open_now[owner] = pages
+        return owner
 
-    @rule(
-        target=tables,
-        rows=st.integers(1, 2),
-        heads=st.integers(1, 2),
-        tokens=st.integers(0, 6),
-    )
-    def open(self, rows, heads, tokens):
-        table = BlockTable(self.pool.allocator, rows, heads, self.pages.page_size)
-        self.dense[table] = [[self.fresh(1, 1, 0)] * heads for _ in range(rows)]
-        if tokens:
-            self.append(table, tokens)
-        return table
+    def fresh(self, count):
+        """Content that no other call ever writes; log weights are float16 and may repeat."""
+        numbers = torch.arange(self.counter, self.counter + count * 2 * DIM, dtype=torch.float32)
+        self.counter += count * 2 * DIM
+        weights = torch.arange(count, dtype=torch.float32) + self.counter % 1001
+        return torch.cat((numbers.view(count, 2 * DIM), weights[:, None]), 1)
 
-    @rule(table=tables, tokens=st.integers(1, 4))
-    def add(self, table, tokens):
-        self.append(table, tokens)
-
-    def append(self, table, tokens):
-        if table.is_ragged:
+    @rule(owner=owners, data=st.data(), size=st.sampled_from(SIZES), fails=st.booleans())
+    def change(self, owner, data, size, fails):
+        """Some rows become longer or shorter, and some of their places are written."""
+        if owner not in self.open_now:
             return
-        rows, heads, _ = table.pages.shape
-        start = int(table.lengths[0])
-        k, v = self.fresh(rows, heads, tokens)
+        table, heads = owner.table, len(owner.dense[0])
+        afresh = size != owner.layout.page_size
+        rows = range(data.draw(st.integers(0, len(owner.dense) - 1)), len(owner.dense))
+        if afresh:  # all rows read their pages alike
+            rows = range(len(owner.dense))
+        lengths = data.draw(st.lists(st.integers(0, 7), min_size=heads, max_size=heads))
+        most = max(lengths)
+        written = np.zeros((heads, -(-most // size)), dtype=bool)
+        places = {}
+        for r in rows:
+            for h, count in enumerate(lengths):
+                held = 0 if afresh else len(owner.dense[r][h])
+                some = data.draw(st.sets(st.integers(0, count - 1))) if count else set()
+                places[r, h] = sorted(some | set(range(held, count)))
+                written[h, [place // size for place in places[r, h]]] = True
+        proposal = table.propose(
+            slice(rows.start, rows.stop), np.array(lengths), size, written, afresh
+        )
+        if table.owned().size - proposal.dropped.size + proposal.num_taken > self.open_now[owner]:
+            return  # more than it has reserved: plans never ask for that
+        layout = PageLayout(size, HALF, DIM, "float32")
         try:
-            table.resize(table.lengths + tokens)
-        except OutOfPages:
+            with self.pool.changing():
+                old, new = table.commit(proposal)
+                self.pool.copy_pages(*(torch.from_numpy(ids).long() for ids in (old, new)))
+                if fails and data.draw(st.booleans()):
+                    raise Broken
+        except (OutOfPages, Broken) as error:  # forks may hold more than they reserved together
+            if isinstance(error, Broken):
+                self.close(owner)
             return
-        try:
-            self.put(table, np.arange(start, start + tokens), k, v)
-        except OutOfPages:  # no page left to copy a shared one to: nothing was written
-            table.resize(table.lengths - tokens)
-            return
-        for r in range(rows):
-            for h in range(heads):
-                old = self.dense[table][r][h]
-                self.dense[table][r][h] = tuple(
-                    torch.cat((a, b[None, None, r, h]), 2) for a, b in zip(old, (k, v), strict=True)
-                )
+        owner.layout = layout
+        for (r, h), mine in places.items():
+            new = self.fresh(len(mine))
+            old = owner.dense[r][h]
+            lane = torch.full((lengths[h], 2 * DIM + 1), torch.nan)
+            if not afresh:
+                lane[: min(len(old), lengths[h])] = old[: lengths[h]]
+            lane[mine] = new
+            owner.dense[r][h] = lane
+            self.put(owner, r, h, torch.tensor(mine, dtype=torch.int64), new)
 
-    @rule(table=tables, data=st.data())
-    def overwrite(self, table, data):
-        if table.is_ragged or not table.lengths[0]:
-            return
-        rows, heads, _ = table.pages.shape
-        last = int(table.lengths[0]) - 1
-        places = data.draw(st.lists(st.integers(0, last), min_size=1, unique=True))
-        k, v = self.fresh(rows, heads, len(places))
-        try:
-            self.put(table, places, k, v)
-        except OutOfPages:
-            return
-        for r in range(rows):
-            for h in range(heads):
-                mine = tuple(part.clone() for part in self.dense[table][r][h])
-                mine[0][0, 0, places], mine[1][0, 0, places] = k[r, h], v[r, h]
-                self.dense[table][r][h] = mine
+    def put(self, owner, r, h, places, new):
+        pages, size = self.pool.view(owner.layout), owner.layout.page_size
+        ids = torch.from_numpy(owner.table.pages[r, h].astype(np.int64))
+        slots = ids[places // size] * size + places % size
+        write(pages.keys, slots, new[:, :DIM])
+        write(pages.values, slots, new[:, DIM:-1])
+        pages.weights[ids[places // size], places % size] = new[:, -1].half()
 
-    @rule(table=tables, data=st.data())
-    def rewrite_ragged(self, table, data):
-        rows, heads, _ = table.pages.shape
-        lengths = data.draw(st.lists(st.integers(0, 4), min_size=heads, max_size=heads))
-        try:
-            table.resize(lengths)
-        except OutOfPages:
-            return
-        k, v = self.fresh(rows, heads, max(lengths))
-        try:
-            slots, h, place = map(torch.from_numpy, self.pool.ragged_slots(table))
-            write(self.pages.keys, slots, k[:, h, place])
-            write(self.pages.values, slots, v[:, h, place])
-        except OutOfPages:
-            table.release()
-            k, v, lengths = *self.fresh(rows, heads, 0), [0] * heads
-        for r in range(rows):
-            for h in range(heads):
-                parts = (part[None, None, r, h, : lengths[h]] for part in (k, v))
-                self.dense[table][r][h] = tuple(parts)
-
-    @rule(target=tables, table=tables)
-    def fork(self, table):
-        twin = table.share()
-        self.dense[twin] = [list(row) for row in self.dense[table]]
+    @rule(target=owners, owner=owners)
+    def fork(self, owner):
+        if owner not in self.open_now:
+            return multiple()
+        twin = Owner(self.pool, *owner.table.lengths.shape)
+        if self.admitted(twin, self.open_now[owner]) is not twin:
+            return multiple()
+        with self.pool.changing():
+            twin.tables[0] = owner.table.share()
+        twin.dense = [[lane.clone() for lane in row] for row in owner.dense]
+        twin.layout = owner.layout
         return twin
 
-    @precondition(lambda self: self.dense)
-    @rule(target=tables, table=consumes(tables))
-    def close(self, table):
-        table.release()
-        del self.dense[table]
-        return multiple()
+    @rule(owner=owners, data=st.data())
+    def keep_rows(self, owner, data):
+        if owner in self.open_now:
+            everyone = range(len(owner.dense))
+            rows = data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True))
+            with self.pool.changing():
+                owner.table.keep_rows(np.array(rows))
+            owner.dense = [owner.dense[row] for row in rows]
+
+    @rule(owner=owners, pages=st.integers(0, 12))
+    def reserve(self, owner, pages):
+        """As many as it holds at least, and no more than before."""
+        if owner in self.open_now:
+            pages = max(owner.table.owned().size, min(pages, self.open_now[owner]))
+            self.pool.reserve(owner, pages)
+            self.open_now[owner] = pages
+
+    @rule(owner=consumes(owners))
+    def dismiss(self, owner):
+        if owner in self.open_now:
+            self.close(owner)
+
+    def close(self, owner):
+        self.pool.dismiss(owner)
+        self.pool.dismiss(owner)
+        assert not owner.table.owned().size
+        del self.open_now[owner]
+
+    @rule()
+    def fail(self):
+        """Whoever changes owners and fails is mended by the next one."""
+        with pytest.raises(Broken), self.pool.changing():
+            self.pool.allocator.allocate(self.pool.allocator.num_free)
+            raise Broken
 
     @invariant()
     def every_lane_reads_back_what_it_holds(self):
-        for table, dense in self.dense.items():
-            table.check()
-            rows, heads, count = table.pages.shape
-            shape = (rows, heads, count * self.pages.page_size + 1, DIM)
-            keys, values = torch.zeros(shape), torch.zeros(shape)
-            ids = torch.from_numpy(table.pages.astype(np.int64))
-            self.pages.gather(ids, 0, keys, values)
-            for r in range(rows):
-                for h in range(heads):
-                    length = int(table.lengths[h])
-                    assert torch.equal(keys[None, None, r, h, :length], dense[r][h][0])
-                    assert torch.equal(values[None, None, r, h, :length], dense[r][h][1])
-            assert not keys[:, :, -1].any(), "the gather wrote past its pages"
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check()
+        stats = self.pool.stats
+        ids = {page for owner in self.open_now for page in owner.table.owned().tolist()}
+        assert stats.live_pages == len(ids) == self.pool.num_pages - stats.free_pages
+        assert stats.reserved_pages == sum(self.open_now.values()) <= stats.num_pages
+        for owner in self.open_now:
+            pages, table = self.pool.view(owner.layout), owner.table
+            for r, row in enumerate(owner.dense):
+                for h, lane in enumerate(row):
+                    assert table.lengths[r, h] == len(lane)
+                    mine = torch.from_numpy(table.pages[r, h].astype(np.int64))
+                    mine = mine[: int(table.num_pages[r, h])]
+                    weights = pages.weights[mine][:, : owner.layout.page_size].float()
+                    parts = (pages.keys[mine], pages.values[mine], weights.unsqueeze(-1))
+                    held = torch.cat([part.flatten(0, 1)[: len(lane)] for part in parts], 1)
+                    assert torch.equal(held, lane)
 
     def teardown(self):
-        for table in self.dense:
-            table.release()
-        assert self.pool.allocator.num_live == 0, "leak"
+        if not hasattr(self, "pool"):
+            return
+        for owner in list(self.open_now):
+            self.close(owner)
+        assert self.pool.stats.live_pages == self.pool.stats.reserved_pages == 0, "leak"
 
 
 TestPool = PoolMachine.TestCase
+
+
+def test_an_owner_that_is_forgotten_gives_back_its_pages():
+    pool = Pool(num_pages=4, page_bytes=2 * HALF)
+    owner = Owner(pool, 1, 1)
+    pool.admit(owner, owner.tables, 3)
+    owner.table.commit(owner.table.propose(slice(0, 1), np.array([3]), 1))
+    assert (pool.stats.live_pages, pool.stats.reserved_pages) == (3, 3)
+    del owner
+    gc.collect()
+    assert (pool.stats.live_pages, pool.stats.reserved_pages) == (0, 0)
+    pool.check()
+
+
+def test_the_peak_is_counted_while_anybody_is_there():
+    pool = Pool(num_pages=4, page_bytes=2 * HALF)
+    for pages in (3, 2):
+        owner = Owner(pool, 1, 1)
+        pool.admit(owner, owner.tables, 3)
+        with pool.changing():
+            owner.table.commit(owner.table.propose(slice(0, 1), np.array([pages]), 1))
+        pool.dismiss(owner)
+        assert pool.stats.peak_pages == pages and pool.stats.live_pages == 0
