@@ -49,6 +49,7 @@ def test_the_table_of_bytes_is_what_the_planner_says():
     assert len(rows) == 8
     for name, cells in rows:
         made, full = plan(name.lower(), 1, budget=0.10), plan(name.lower(), 1, "full")
+        centroid = plan(name.lower(), 1, "centroid", "2%", kv_dtype="int4")
         schedule = find_model(name).schedule
         tokens, *sizes = [cell.replace(" ", "") for cell in cells.split("|")]
         assert tokens == f"{schedule.total},{schedule.history}"
@@ -58,6 +59,7 @@ def test_the_table_of_bytes_is_what_the_planner_says():
             made.token_bytes,
             made.page_bytes,
             made.workspace_bytes,
+            centroid.page_bytes,
         )
         assert [int(size) for size in sizes] == [round(size / 2**20) for size in wanted], name
 

@@ -86,7 +86,9 @@ def demo(tmp_path, *options):
     return report
 
 
-@pytest.mark.parametrize(("dtype", "count"), [("float32", 2), ("bfloat16", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "count"), [("float32", 2), pytest.param("bfloat16", 2, marks=pytest.mark.full)]
+)
 def test_demo(tmp_path, dtype, count):
     report = demo(tmp_path, "--count", str(count), "--dtype", dtype, "--no-formats")
     check_demo(report, count, dtype)
