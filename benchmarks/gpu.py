@@ -62,7 +62,7 @@ FULL = Sizes(
     "auto",
 )
 TINY = Sizes(
-    ScaleSchedule.of([1, 2, 4]), 1, 2, (1, 5), ("float16",), (32,), (16, 64), 16, 2**20, "sdpa"
+    ScaleSchedule.of([1, 2, 4]), 1, 2, (3,), ("float16",), (32,), (16, 64), 16, 2**20, "sdpa"
 )
 
 

@@ -7,22 +7,32 @@ from pathlib import Path
 import torch
 
 from benchmarks import correctness, gpu
+from benchmarks.schemas import Gpu
+from kvruntime.storage.layout import RecordFormat
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_part_runs(xformers):
     report = gpu.run(1, None, "cpu", gpu.TINY)
+    Gpu.model_validate(report)
     cases = report["correctness"]
     assert report["all_correct"], [case for case in cases if case["error"] > case["bound"]]
     quantised = [case for case in cases if not case["before_start"]]
-    paths = {(case["backend"], case["path"], case["kv_dtype"]) for case in quantised}
+    paths = {
+        (case["backend"], case["path"], case["kv_dtype"], case["weighted"]) for case in quantised
+    }
     assert any(case["before_start"] and case["path"] == "pages" for case in cases)
-    exact_and_int4 = {("xformers", "pages", kind) for kind in (None, "int4")}
+    exact_and_int4 = {
+        ("xformers", "pages", kind, weighted)
+        for kind in (None, "int4")
+        for weighted in (False, True)
+    }
     gathered = {
-        (backend, "gathered", kind)
+        (backend, "gathered", kind, weighted)
         for backend in ("sdpa", "xformers")
         for kind in (None, "int2", "int4", "int8")
+        for weighted in (False, True)
     }
     assert paths == exact_and_int4 | gathered
     assert report["bandwidth"]["exact_gather_over_copy"] > 0
@@ -39,7 +49,10 @@ def test_a_result_that_is_no_number_is_wrong(xformers, monkeypatch):
     monkeypatch.setattr(
         xformers.XFormers, "attend_pages", lambda *args: right(*args) * float("nan")
     )
+    forms = [(16, None, True, False), (64, RecordFormat(4), False, True)]
+    monkeypatch.setattr(correctness, "_formats", lambda *args: forms)
     cases = correctness.correctness(torch.device("cpu"), ("float16",), (32,), (16,), (1,))
+    assert len(cases) == 2 * 3, "sdpa gathers, xformers can do both"
     for case in cases:
         assert (case["error"] > case["bound"]) == (case["path"] == "pages")
 

@@ -1,6 +1,4 @@
-"""xformers' kernel over our pages against float32 attention over the same tokens."""
-
-from dataclasses import dataclass
+"""xformers' kernel over our pages against float64 attention over the same tokens."""
 
 import numpy as np
 import pytest
@@ -8,70 +6,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvruntime.formats import RowFormat
-from kvruntime.pool import Lanes, Pool
-from kvruntime.quantize import dequantize, quantize
-from policies import CacheGeometry
+from kvruntime.storage.layout import RecordFormat
+from tests.interpreter.cached import EXACT, Cached, filled_pages, make
+from tests.interpreter.pairwise import pairwise
 from tests.support import dense_attention
 
-EXACT, INT4 = 2e-3, 5e-3
-HEADS = 2
+LENGTHS = [20, 133, 1, 64, 0, 7]  # ragged last pages, a full page, one token, none
+AXES = {
+    "page_size": (16, 32, 64, 128),
+    "head_dim": (16, 32, 64, 128),
+    "groups": (None, 1, 2, 4, 8),  # None: exact pages
+    "num_queries": (1, 9, 17),
+    "weighted": (False, True),
+}
 
 
-def make(xformers, paged_queries):
-    return xformers.XFormers(torch.device("cpu"), torch.float16, 32, paged_queries)
-
-
-@dataclass
-class Cached:
-    """Pages full of random tokens, and lanes with shuffled tables over some of them."""
-
-    page_size: int
-    head_dim: int
-    row: RowFormat | None
-    lengths: list[int]
-
-    def __post_init__(self):
-        torch.manual_seed(self.page_size + self.head_dim + sum(self.lengths))
-        width = max(1, -(-max(self.lengths) // self.page_size))
-        num_pages = width * len(self.lengths) + 3
-        geometry = CacheGeometry(1, 1, self.head_dim, "float16", "float16")
-        pool = Pool(num_pages, self.page_size, geometry, torch.device("cpu"), self.row)
-        self.pages = pool.exact if self.row is None else pool.quantised
-        values = torch.randn(2, num_pages, self.page_size, self.head_dim).half()
-        for part, tokens in zip((self.pages.keys, self.pages.values), values, strict=True):
-            part.copy_(tokens if self.row is None else quantize(tokens, self.row))
-        shuffled = torch.randperm(num_pages)[: width * len(self.lengths)]
-        self.tables = shuffled.view(len(self.lengths), width)
-
-    def lane(self, index):
-        """K and V of a lane as the kernel should see them, [2, tokens, head_dim]."""
-        parts = []
-        for pages in (self.pages.keys, self.pages.values):
-            tokens = pages[self.tables[index]].flatten(0, 1)[: self.lengths[index]]
-            if self.row is not None:
-                plain = torch.empty(len(tokens), self.head_dim, dtype=torch.float16)
-                dequantize(tokens, self.row, plain)
-                tokens = plain
-            parts.append(tokens)
-        return torch.stack(parts)
-
-    def worst_error(self, xformers, num_queries):
-        rows = len(self.lengths) // HEADS
-        q, k, v = torch.randn(3, rows, num_queries, HEADS, self.head_dim).half()
-        backend = make(xformers, 10**6)
-        assert backend.reads_pages(self.pages, num_queries, True)
-        scale = self.head_dim**-0.5
-        lengths, longest = torch.tensor(self.lengths), max(self.lengths)
-        out = backend.attend_pages(q, k, v, Lanes(self.pages, self.tables, lengths, longest), scale)
-        assert out.shape == q.shape and out.dtype == q.dtype
-        errors = []
-        for index in range(len(self.lengths)):
-            r, h = divmod(index, HEADS)
-            keys, values = torch.cat((self.lane(index), torch.stack((k[r, :, h], v[r, :, h]))), 1)
-            wanted = dense_attention(q[r, :, h], keys, values, scale)
-            errors.append(float((out[r, :, h].double() - wanted).abs().max()))
-        return max(errors)
+def is_readable(case):
+    """The kernel wants 16 numbers of a group."""
+    _, head_dim, groups, _, _ = case
+    return groups is None or head_dim // groups >= 16
 
 
 @pytest.fixture(autouse=True)
@@ -80,42 +33,71 @@ def some_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
 
 
-LENGTHS = [20, 133, 1, 64, 0, 7]  # ragged last pages, a full page, one token, none
+def records_of(groups):
+    return None if groups is None else RecordFormat(4, groups)
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("num_queries", [1, 17])
-def test_exact_pages(xformers, page_size, head_dim, num_queries):
-    assert Cached(page_size, head_dim, None, LENGTHS).worst_error(xformers, num_queries) < EXACT
+@pytest.mark.parametrize(tuple(AXES), pairwise(AXES.values(), is_readable))
+def test_pages(xformers, page_size, head_dim, groups, num_queries, weighted):
+    cached = Cached(page_size, head_dim, records_of(groups), LENGTHS, weighted)
+    assert cached.worst_error(xformers, num_queries) < cached.bound
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
-@pytest.mark.parametrize(("head_dim", "groups"), [(32, 1), (32, 2), (64, 4), (128, 1), (128, 8)])
-def test_int4_pages(xformers, page_size, head_dim, groups):
-    cached = Cached(page_size, head_dim, RowFormat(4, groups), LENGTHS)
-    assert cached.worst_error(xformers, 9) < INT4
+@pytest.mark.full
+@pytest.mark.parametrize("page_size", AXES["page_size"])
+@pytest.mark.parametrize("head_dim", AXES["head_dim"])
+@pytest.mark.parametrize("groups", AXES["groups"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_format(xformers, page_size, head_dim, groups, weighted):
+    if not is_readable((page_size, head_dim, groups, 1, weighted)):
+        return
+    cached = Cached(page_size, head_dim, records_of(groups), LENGTHS, weighted)
+    for num_queries in (1, 17):
+        assert cached.worst_error(xformers, num_queries) < cached.bound
 
 
-@pytest.mark.parametrize(("row", "most"), [(None, EXACT), (RowFormat(4, 2), INT4)])
-def test_three_hundred_queries(xformers, row, most):
-    assert Cached(64, 32, row, [40, 3]).worst_error(xformers, 300) < most
+@pytest.mark.parametrize("records", [None, RecordFormat(4, 2)])
+def test_three_hundred_queries(xformers, records):
+    cached = Cached(64, 32, records, [40, 3], weighted=records is None)
+    assert cached.worst_error(xformers, 300) < cached.bound
 
 
-@settings(max_examples=30)
-@given(
-    page_size=st.sampled_from([16, 32, 64, 128]),
+any_lanes = given(
+    page_size=st.sampled_from(AXES["page_size"]),
     head_dim=st.sampled_from([16, 32, 64]),
     groups=st.sampled_from([None, 1, 2, 4]),
     lengths=st.lists(st.integers(0, 150), min_size=1, max_size=2),
     num_queries=st.one_of(st.integers(1, 40), st.integers(1, 120)),
+    weighted=st.booleans(),
 )
-def test_any_lanes(xformers, page_size, head_dim, groups, lengths, num_queries):
+
+
+def check_any_lanes(xformers, page_size, head_dim, groups, lengths, num_queries, weighted):
     if groups is not None and head_dim // groups < 16:
         groups = 1
-    row = None if groups is None else RowFormat(4, groups)
-    cached = Cached(page_size, head_dim, row, [*lengths, *reversed(lengths)])
-    assert cached.worst_error(xformers, num_queries) < (EXACT if row is None else INT4)
+    both = [*lengths, *reversed(lengths)]
+    cached = Cached(page_size, head_dim, records_of(groups), both, weighted)
+    assert cached.worst_error(xformers, num_queries) < cached.bound
+
+
+@settings(max_examples=10)
+@any_lanes
+def test_any_lanes(xformers, **case):
+    check_any_lanes(xformers, **case)
+
+
+@pytest.mark.full
+@settings(max_examples=100)
+@any_lanes
+def test_many_lanes(xformers, **case):
+    check_any_lanes(xformers, **case)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_lanes_of_no_tokens_at_all(xformers, weighted):
+    """Attention is then over the fresh tokens alone."""
+    cached = Cached(16, 32, None, [0, 0], weighted)
+    assert cached.worst_error(xformers, 3) < EXACT
 
 
 def test_the_parts_are_weighed_by_their_sums(xformers):
@@ -128,44 +110,53 @@ def test_the_parts_are_weighed_by_their_sums(xformers):
     assert cached.worst_error(xformers, 9) < EXACT
 
 
-def test_nothing_depends_on_what_lies_behind_a_lane(xformers):
-    cached = Cached(16, 32, None, [20, 5])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nothing_depends_on_what_lies_behind_a_lane(xformers, weighted):
+    cached = Cached(16, 32, None, [20, 5], weighted)
     for index, length in enumerate(cached.lengths):
         places = cached.tables[index].repeat_interleave(16) * 16 + torch.arange(32) % 16
         for part in (cached.pages.keys, cached.pages.values):
             part.view(-1, 32)[places[length:]] = torch.nan
+        cached.pages.weights.view(-1)[places[length:]] = torch.nan
     assert cached.worst_error(xformers, 3) < EXACT
 
 
 def test_unreadable_formats_are_gathered(xformers):
     backend = make(xformers, 256)
-    for page_size, head_dim, row in (
-        (8, 32, None),
-        (64, 32, RowFormat(4, 4)),
-        (64, 32, RowFormat(2, 1)),
-        (64, 32, RowFormat(8, 1)),
+    for page_size, records in (
+        (8, None),
+        (64, RecordFormat(4, 4)),
+        (64, RecordFormat(2, 1)),
+        (64, RecordFormat(8, 1)),
     ):
-        geometry = CacheGeometry(1, 1, head_dim, "float16", "float16")
-        pool = Pool(1, page_size, geometry, torch.device("cpu"), row)
-        assert not backend.reads_pages(pool.quantised or pool.exact, 1, False)
+        assert not backend.reads_pages(filled_pages(page_size, 32, records, 1), 1, False)
     pages = Cached(16, 32, None, [1, 1]).pages
     assert backend.reads_pages(pages, 256, False) and not backend.reads_pages(pages, 257, False)
-    assert backend.reads_pages(pages, 257, True), "ragged lanes cannot be gathered"
+    assert backend.reads_pages(pages, 257, True), "ragged lanes are never gathered where need not"
 
 
 def test_splits_stop_where_the_gpu_is_full(xformers):
     """Infinity-2B, one picture, whole history: xformers would keep 50 results of all queries."""
+    from xformers.ops.fmha import triton_splitk
+
     lanes, n, places = 32, 256, 101 * 64
-    ours, theirs = xformers._operator(64, 1), xformers.triton_splitk.FwOp
+    ours, theirs = xformers.paged_operator(64, 1), triton_splitk.FwOp
     assert theirs.get_split_k(lanes, 1, 1, places, lanes * n, 64, True) == 50
     assert ours.get_split_k(lanes, 1, 1, places, lanes * n, 64, True) == 2
     assert ours.get_split_k(1, 1, 1, places, 1, 64, True) > 10, "few queries need them"
 
 
-def test_gathered_tokens(xformers):
-    q, k, v = (torch.randn(2, n, 3, 32).half() for n in (20, 50, 50))
-    backend = make(xformers, 0)
-    out = backend.attend(q, k.transpose(1, 2), v.transpose(1, 2), None, 0.2)
-    for r, h in np.ndindex(2, 3):
-        wanted = dense_attention(q[r, :, h], k[r, :, h], v[r, :, h], 0.2)
+@pytest.mark.parametrize("rows_of_bias", [0, 1, 2])
+def test_gathered_tokens(xformers, rows_of_bias):
+    """With no bias, one that all rows share, and one for each row; 50 is no multiple of 8."""
+    rows, heads = 2, 3
+    q, k, v = (torch.randn(rows, n, heads, 32).half() for n in (20, 50, 50))
+    bias = None
+    if rows_of_bias:
+        bias = torch.randn(rows_of_bias, heads, 1, 50)
+        bias[..., 7:9] = -torch.inf  # as where a shorter head holds no token
+    out = make(xformers, 0).attend(q, k.transpose(1, 2), v.transpose(1, 2), bias, 0.2)
+    for r, h in np.ndindex(rows, heads):
+        log_weights = None if bias is None else bias[r % rows_of_bias, h, 0]
+        wanted = dense_attention(q[r, :, h], k[r, :, h], v[r, :, h], 0.2, log_weights)
         assert (out[r, :, h].double() - wanted).abs().max() < EXACT

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kvruntime.formats import RowFormat
-from kvruntime.pool import Lanes, Pool
-from policies import CacheGeometry
+from kvruntime.attention.base import Lanes
+from kvruntime.storage.layout import PageLayout, RecordFormat
+from kvruntime.storage.pool import Pool
 
 
 class NoKernel:
@@ -18,22 +18,28 @@ class NoKernel:
         return lambda *args, **kwargs: None
 
 
-@pytest.mark.parametrize("row", [None, RowFormat(4, 2)])
-@pytest.mark.parametrize("rows", [1, 40])
-def test_nothing_is_read_back(xformers, monkeypatch, row, rows):
+@pytest.mark.parametrize("records", [None, RecordFormat(4, 2)])
+@pytest.mark.parametrize(("rows", "weighted"), [(1, False), (40, False), (40, True)])
+def test_nothing_is_read_back(xformers, monkeypatch, records, rows, weighted):
+    from xformers.ops.fmha._triton import splitk_kernels
+
     meta = torch.device("meta")
-    monkeypatch.setattr(xformers.splitk_kernels, "_splitK_reduce", NoKernel())
-    for block, groups in ((64, 1), (64, 2)):
-        operator = xformers._operator(block, groups)
+    backend = xformers.XFormers(torch.device("cpu"), torch.float16, 32, 100)
+    monkeypatch.setattr(splitk_kernels, "_splitK_reduce", NoKernel())
+    groups = records.groups if records else 1
+    for operator in (
+        xformers.paged_operator(64, 1),
+        xformers.paged_operator(64, groups, weighted),
+    ):
         monkeypatch.setattr(operator, "SUPPORTED_DEVICES", {"meta"})
         monkeypatch.setattr(operator, "get_kernel", classmethod(lambda cls: NoKernel()))
-    pool = Pool(8, 64, CacheGeometry(1, 3, 32, "float16", "float16"), meta, row)
-    pages = pool.quantised or pool.exact
-    backend = xformers.XFormers(torch.device("cpu"), torch.float16, 32, 100)
+    token = records.num_bytes(32) if records else 64
+    layout = PageLayout(64, 64 * token, 32, "float16", records)
+    pool = Pool(num_pages=8, page_bytes=2 * layout.half_bytes, weight_bytes=128, device=meta)
     q, k, v = torch.empty(3, rows, 9, 3, 32, dtype=torch.float16, device=meta)
     tables = torch.zeros(rows * 3, 2, dtype=torch.int64, device=meta)
     NoKernel.launches = 0
-    lanes = Lanes(pages, tables, tables[:, 0].contiguous(), 100)
+    lanes = Lanes(pool.view(layout), tables, tables[:, 0].contiguous(), 100, weighted)
     out = backend.attend_pages(q, k, v, lanes, 0.2)
     assert out.shape == q.shape and out.dtype == q.dtype
     assert 2 <= NoKernel.launches <= 4, "a kernel for the pages, one for the scale, their sums"

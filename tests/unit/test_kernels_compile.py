@@ -8,48 +8,74 @@ import pytest
 
 from kvruntime.attention.cubin import VARIANTS, compile_in_a_process
 
-
-@pytest.fixture(autouse=True)
-def needs_xformers():
-    pytest.importorskip("xformers", reason="NOT RUN: xformers is not installed")
+CAPABILITIES = (80, 90)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled():
-    """For both capabilities at once: half a minute each."""
+    """For both capabilities at once, half a minute each; once for whoever asks."""
+    pytest.importorskip("xformers", reason="NOT RUN: xformers is not installed")
     with ThreadPoolExecutor() as threads:
-        both = threads.map(lambda capability: compile_in_a_process([capability]), (80, 90))
-        return dict(zip((80, 90), both, strict=True))
+        both = threads.map(lambda capability: compile_in_a_process([capability]), CAPABILITIES)
+        return dict(zip(CAPABILITIES, both, strict=True))
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_variant_compiles(compiled, capability):
     kernels, error = compiled[capability]
     assert not error
     seen = {(k["dtype"], k["head_dim"], k["page_size"], k["groups"]) for k in kernels}
-    assert seen == {(d, h, p, row.groups if row else None) for d, h, p, row in VARIANTS}
+    assert seen == {
+        (dtype, head_dim, page_size, records.groups if records else None)
+        for dtype, head_dim, page_size, records in VARIANTS
+    }
     assert all(kernel["capability"] == capability for kernel in kernels)
     assert all(kernel["cubin_bytes"] > 10_000 for kernel in kernels)
     assert all(kernel["shared_bytes"] <= 163 * 1024 for kernel in kernels), "what sm_80 has"
     names = [kernel["kernel"] for kernel in kernels]
-    assert names.count("_fwd_kernel_splitK") == 2 * 2 * len(VARIANTS)  # pages and fresh tokens
+    assert names.count("_fwd_kernel_splitK") == 3 * 2 * len(VARIANTS)  # pages and fresh tokens
     assert names.count("_splitK_reduce") >= len(VARIANTS)
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_variant_compiles_with_log_weights(compiled, capability):
+    """Another kernel than without: the moved lines are in it."""
+    kernels, _ = compiled[capability]
+
+    def sizes(weighted):
+        return [
+            kernel["cubin_bytes"]
+            for kernel in kernels
+            if kernel["weighted"] == weighted
+            and kernel["rows"] == 1
+            and kernel["kernel"] == "_fwd_kernel_splitK"
+        ][::2]  # pages come first, then fresh tokens
+
+    assert len(sizes(True)) == len(sizes(False)) == len(VARIANTS)
+    assert all(ours != plain for ours, plain in zip(sizes(True), sizes(False), strict=True))
+
+
+def compile_with(change):
+    """The compiling process, after a change to what it imports."""
+    pytest.importorskip("xformers", reason="NOT RUN: xformers is not installed")
+    code = (
+        f"{change}\n"
+        "import sys, runpy\n"
+        "sys.argv = ['cubin', '90', '--first']\n"
+        "runpy.run_module('kvruntime.attention.cubin', run_name='__main__')\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.full
 def test_a_kernel_that_does_not_compile_is_an_error():
+    pytest.importorskip("xformers", reason="NOT RUN: xformers is not installed")
     kernels, error = compile_in_a_process([10], first_only=True)
     assert error and not kernels
 
 
 def test_a_triton_without_block_pointers_is_named():
     """As triton 3.9 is: the names that the kernel uses are gone."""
-    code = (
-        "import triton.language as tl\n"
-        "del tl.make_block_ptr\n"
-        "import sys, runpy\n"
-        "sys.argv = ['cubin', '90', '--first']\n"
-        "runpy.run_module('kvruntime.attention.cubin', run_name='__main__')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = compile_with("import triton.language as tl\ndel tl.make_block_ptr")
     assert done.returncode == 1
     assert "make_block_ptr" in done.stderr
