@@ -110,7 +110,9 @@ class Plan:
     @cached_property
     def chunk_rows(self) -> int:
         """Rows processed at a time: as many as the workspace limit allows, at least one."""
-        fits, too_many = 1, self.rows + 1
+        if self._step_bytes(self.rows) <= self.workspace_limit:  # one chunk needs no output beside
+            return self.rows
+        fits, too_many = 1, self.rows
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
             if self._step_bytes(middle) <= self.workspace_limit:
