@@ -223,3 +223,19 @@ def test_shares_of_rare_schedules():
         make_plan(slim, schedule, policy, options, 1)
     made = make_plan(slim, schedule, policy, replace(options, page_size=1), 1)
     assert (made.budget_tokens, made.tokens.max(), made.page_bytes) == (3, 2, 2 * 32)
+
+
+@pytest.mark.parametrize(
+    ("model", "policy", "budget", "page_size", "tokens"),
+    [
+        ("infinity-2b", "streaming_llm", "512MiB", 64, 1024),
+        ("infinity-2b", "centroid", "512MiB", 48, 1008),  # 64 bytes of weights a page are too many
+        ("infinity-8b", "sliding_window", "512MiB", 16, 464),
+        ("var-d16", "sliding_window", "5%", 21, 21),
+        ("var-d16", "full", "64MiB", 24, 680),
+    ],
+)
+def test_page_sizes_that_a_budget_chooses(model, policy, budget, page_size, tokens):
+    """Whichever holds most tokens; of equal ones the largest."""
+    made = plan(model, 1, policy, budget)
+    assert (made.page_size, made.budget_tokens) == (page_size, tokens)
