@@ -94,7 +94,7 @@ def _plain(tokens: Tensor, pages: Pages, dtype: torch.dtype, head_dim: int) -> T
 
 
 def _formats(
-    head_dim: int, page_sizes: tuple[int, ...]
+    head_dim: int, page_sizes: tuple[int, ...], kv_groups: tuple[int, ...]
 ) -> Iterator[tuple[int, RecordFormat | None, bool, bool]]:
     """Page size in tokens as asked of the pool, record format, whether the tokens are exact, and
     whether they have log weights.
@@ -102,7 +102,7 @@ def _formats(
     for size in page_sizes:
         yield size, None, True, False
         yield size, None, True, True
-    for bits, groups in product((2, 4, 8), (1, 2, 4, 8)):
+    for bits, groups in product((2, 4, 8), kv_groups):
         if head_dim * bits % (32 * groups) == 0:
             yield 64, RecordFormat(bits, groups), False, False
             yield 64, RecordFormat(bits, groups), True, False
@@ -115,13 +115,14 @@ def correctness(
     dtypes: tuple[str, ...],
     head_dims: tuple[int, ...],
     page_sizes: tuple[int, ...],
+    kv_groups: tuple[int, ...],
     queries: tuple[int, ...],
 ) -> list[dict[str, Any]]:
     """Every format, page size, number format and path against float32 SDPA over the same tokens."""
     return [
         case
         for dtype, head_dim in product(dtypes, head_dims)
-        for form in _formats(head_dim, page_sizes)
+        for form in _formats(head_dim, page_sizes, kv_groups)
         for case in _cases(device, dtype, head_dim, *form, queries)
     ]
 

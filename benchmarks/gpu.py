@@ -24,7 +24,7 @@ from kvruntime.catalogue import find_model
 from kvruntime.demo import demo_labels
 from kvruntime.planning import max_rows, plan
 from kvruntime.reference import load_model
-from kvruntime.storage.layout import RecordFormat
+from kvruntime.storage.layout import GROUPS, RecordFormat
 from kvruntime.storage.memory import free_bytes
 from kvruntime.storage.pool import Pages
 from policies import TORCH_DTYPES, CacheGeometry, ScaleSchedule
@@ -44,6 +44,7 @@ class Sizes:
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]
     page_sizes: tuple[int, ...]
+    kv_groups: tuple[int, ...]
     budget: int
     copied_bytes: int
     backend: str  # of whole pictures
@@ -57,12 +58,13 @@ FULL = Sizes(
     ("float16", "bfloat16"),
     (64, 128),
     (16, 32, 64, 128),
+    GROUPS,
     650,
     2**30,
     "auto",
 )
 TINY = Sizes(
-    ScaleSchedule.of([1, 2, 4]), 1, 2, (3,), ("float16",), (32,), (16, 64), 16, 2**20, "sdpa"
+    ScaleSchedule.of([1, 2, 4]), 1, 2, (3,), ("float16",), (32,), (16, 64), (1,), 16, 2**20, "sdpa"
 )
 
 
@@ -78,7 +80,9 @@ def run(
     reasons = reasons_against_xformers(device, made)
     if reasons:
         raise BackendUnavailable("xformers", reasons)
-    correct = correctness(device, sizes.dtypes, sizes.head_dims, sizes.page_sizes, sizes.queries)
+    correct = correctness(
+        device, sizes.dtypes, sizes.head_dims, sizes.page_sizes, sizes.kv_groups, sizes.queries
+    )
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "correctness": correct,

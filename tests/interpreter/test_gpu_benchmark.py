@@ -51,7 +51,7 @@ def test_a_result_that_is_no_number_is_wrong(xformers, monkeypatch):
     )
     forms = [(16, None, True, False), (64, RecordFormat(4), False, True)]
     monkeypatch.setattr(correctness, "_formats", lambda *args: forms)
-    cases = correctness.correctness(torch.device("cpu"), ("float16",), (32,), (16,), (1,))
+    cases = correctness.correctness(torch.device("cpu"), ("float16",), (32,), (16,), (1,), (1,))
     assert len(cases) == 2 * 3, "sdpa gathers, xformers can do both"
     for case in cases:
         assert (case["error"] > case["bound"]) == (case["path"] == "pages")

@@ -1,5 +1,7 @@
 """xformers' kernel over our pages against float64 attention over the same tokens."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tests.interpreter.cached import EXACT, Cached, filled_pages, make
 from tests.interpreter.pairwise import pairwise
 from tests.support import dense_attention
 
-LENGTHS = [20, 133, 1, 64, 0, 7]  # ragged last pages, a full page, one token, none
+LENGTHS = [133, 64, 0, 1]  # a ragged last page, full ones, no token, one
 AXES = {
     "page_size": (16, 32, 64, 128),
     "head_dim": (16, 32, 64, 128),
@@ -44,19 +46,15 @@ def test_pages(xformers, page_size, head_dim, groups, num_queries, weighted):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("page_size", AXES["page_size"])
-@pytest.mark.parametrize("head_dim", AXES["head_dim"])
-@pytest.mark.parametrize("groups", AXES["groups"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_every_format(xformers, page_size, head_dim, groups, weighted):
-    if not is_readable((page_size, head_dim, groups, 1, weighted)):
-        return
+@pytest.mark.parametrize(tuple(AXES), filter(is_readable, product(*AXES.values())))
+def test_every_format(xformers, page_size, head_dim, groups, num_queries, weighted):
     cached = Cached(page_size, head_dim, records_of(groups), LENGTHS, weighted)
-    for num_queries in (1, 17):
-        assert cached.worst_error(xformers, num_queries) < cached.bound
+    assert cached.worst_error(xformers, num_queries) < cached.bound
 
 
-@pytest.mark.parametrize("records", [None, RecordFormat(4, 2)])
+@pytest.mark.parametrize(
+    "records", [None, pytest.param(RecordFormat(4, 2), marks=pytest.mark.full)]
+)
 def test_three_hundred_queries(xformers, records):
     cached = Cached(64, 32, records, [40, 3], weighted=records is None)
     assert cached.worst_error(xformers, 300) < cached.bound
@@ -80,14 +78,14 @@ def check_any_lanes(xformers, page_size, head_dim, groups, lengths, num_queries,
     assert cached.worst_error(xformers, num_queries) < cached.bound
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @any_lanes
 def test_any_lanes(xformers, **case):
     check_any_lanes(xformers, **case)
 
 
 @pytest.mark.full
-@settings(max_examples=100)
+@settings(max_examples=60)
 @any_lanes
 def test_many_lanes(xformers, **case):
     check_any_lanes(xformers, **case)
