@@ -141,11 +141,11 @@ class Plan:
     def _steps(self, rows: int) -> list[tuple[StepShape, StepRegions]]:
         if not self.row_shapes:
             scales, layers = range(len(self.schedule)), range(self.geometry.layers)
-            self.row_shapes.update(
-                self.shape(scale, layer, 1) for scale in scales for layer in layers
-            )
-        shapes = [replace(shape, rows=rows) for shape in self.row_shapes]
-        return [(shape, self.regions(shape)) for shape in shapes]
+            # all or none of them: a policy that is asked may raise
+            shapes = {self.shape(scale, layer, 1) for scale in scales for layer in layers}
+            self.row_shapes.update(shapes)
+        of_rows = [replace(shape, rows=rows) for shape in self.row_shapes]
+        return [(shape, self.regions(shape)) for shape in of_rows]
 
     def regions(self, shape: StepShape) -> StepRegions:
         """What a step of this shape works in."""

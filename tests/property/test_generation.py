@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kvruntime.generation
@@ -15,7 +15,7 @@ import kvruntime.step.shift
 import kvruntime.storage.records
 from allocator import BlockTable
 from kvruntime.attention.sdpa import SDPA
-from policies import CacheGeometry, ScaleSchedule
+from policies import CacheGeometry, ScaleSchedule, StreamingLLM
 from tests.generations import TOLERANCE, Case, cases, check_generation, fresh
 from tests.support import RandomFold, RandomPolicy, Spy
 
@@ -87,7 +87,20 @@ PLACES = {
 }
 
 
+PLANNED_HALF_WAY = Case(  # the policy is first asked when the workspace is made
+    CacheGeometry(2, 3, 32, "float32", "float32"),
+    ScaleSchedule.of([1, (1, 2, 2), (2, 3, 1), (1, 2, 2), (2, 4)]),
+    Spy(StreamingLLM()),
+    9,
+    32,
+    2,
+    20_000,
+    {"kv_dtype": "int4", "kv_start": 0},
+)
+
+
 @settings(max_examples=120)
+@example(case=PLANNED_HALF_WAY, where="select", after=1)
 @given(case=cases(), where=st.sampled_from(sorted(PLACES)), after=st.integers(0, 12))
 def test_a_generation_that_fails_anywhere_leaks_nothing_and_the_next_one_works(case, where, after):
     cache, count = case.cache(), 0

@@ -20,8 +20,8 @@ SMALL = {
     "hand-over": lambda: case_of(
         SlidingWindow(), FLOAT, 2, 3, schedule=SHORT, kv_dtype="int4", kv_start=1
     ),
-    "choose": lambda: case_of(ScaleKV(grid=1), FLOAT, 3, 3, workspace=1, schedule=SHORT),
-    "fold": lambda: case_of(Centroid(1), FLOAT, 3, 3, schedule=SHORT),
+    "choose": lambda: case_of(ScaleKV(grid=1), FLOAT, 3, 3, schedule=SHORT),
+    "fold": lambda: case_of(Centroid(1), FLOAT, 3, 3, workspace=1, schedule=SHORT),
 }
 KINDS = {"shift": "SHIFT", "hand-over": "KEEP", "choose": "CHOOSE", "fold": "FOLD"}
 
