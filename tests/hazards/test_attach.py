@@ -63,7 +63,7 @@ def test_h17_an_interrupt_anywhere_on_the_way_out_leaves_the_model_patched(tiny_
     while True:
         at += 1
         context = kvruntime.attach(tiny_model, "full", 1.0, pool=pool)
-        context.__enter__()
+        attached = context.__enter__()
         if is_open:
             start(tiny_model)
             assert pool.stats.live_pages
@@ -74,8 +74,7 @@ def test_h17_an_interrupt_anywhere_on_the_way_out_leaves_the_model_patched(tiny_
                 pass
         assert every_attribute(tiny_model) == before, interrupts.where
         assert not any(block.attention.caching for block in tiny_model.blocks), interrupts.where
-        del context
-        assert pool.stats.live_pages == 0, interrupts.where
+        assert pool.stats.live_pages == 0 == attached.stats.live_pages, interrupts.where
         pool.check()
         if not interrupts.happened:
             break
@@ -123,6 +122,26 @@ def test_h17_an_interrupt_anywhere_in_close_leaks_pages(tiny_model):
         tiny_model.blocks[0].attention.use_cache(False)
         own = tiny_model.generate(LABELS, seed=1)
     assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+
+
+def test_h17_an_interrupt_while_pages_go_back_comes_after_them(tiny_model):
+    """Closed all the same, without another close()."""
+    pool, at = pool_for(tiny_model), 0
+    with kvruntime.attach(tiny_model, "full", 1.0, pool=pool) as attached:
+        while True:
+            at += 1
+            start(tiny_model)
+            with Interrupts(at, ("pool.py", "page_allocator.py", "block_table.py")) as interrupts:
+                try:
+                    attached.close()
+                except KeyboardInterrupt:
+                    assert interrupts.happened
+            assert not attached._generation.is_open, interrupts.where
+            assert pool.stats.live_pages == 0 == pool.stats.reserved_pages, interrupts.where
+            pool.check()
+            if not interrupts.happened:
+                break
+    assert at > 20
 
 
 def test_h17_an_interrupt_anywhere_in_the_last_step(tiny_model):

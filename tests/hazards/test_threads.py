@@ -126,7 +126,7 @@ def test_h23_a_generation_in_a_step_refuses_another_thread(what):
 
     def other():
         if what == "attend":
-            return generation.attend(0, *torch.zeros(3, 1, 1, 2, 8))
+            return generation.attend(0, *torch.zeros(3, 1, 4, 2, 8))  # what is due
         return generation.keep_rows(1) if what == "keep_rows" else getattr(generation, what)()
 
     def observer(scale, layer, *_):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kvruntime
+from policies import ScaleKV
 from tests.hazards.stand_in import VAR
 from tests.support import every_attribute
 
@@ -44,3 +45,35 @@ def test_h13_under_autocast_attention_gets_the_number_format_of_v(var, dtype):
     error = (ours - own).abs()
     assert float(error.max()) < (0.05 if dtype == torch.bfloat16 else 0.01)
     assert float(error.mean()) < (0.005 if dtype == torch.bfloat16 else 0.001)
+
+
+@pytest.mark.parametrize("policy", ["full", ScaleKV(grid=1)])
+def test_h13_keys_in_float32_beside_values_in_bfloat16(var, policy):
+    """As autocast leaves them on a GPU, where it normalises in float32."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(3, 2, side * side, 2, 16, generator=generator) for side in (1, 2, 3)]
+    drawn = []
+    for cast in (lambda part: part, lambda part: part.bfloat16()):
+        with kvruntime.attach(var, policy, 1.0) as attached:
+            drawn.append(
+                [
+                    attached.attend(layer, cast(q), cast(k), v.bfloat16())
+                    for q, k, v in steps
+                    for layer in range(2)
+                ]
+            )
+    for ours, theirs in zip(*drawn, strict=True):
+        assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+
+
+def test_h13_autocast_stays_outside_of_the_runtime(var):
+    """What a policy scores in float32 it scores in float32 under autocast too."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(3, 2, side * side, 2, 16, generator=generator) for side in (1, 2, 3)]
+    drawn = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            with kvruntime.attach(var, ScaleKV(grid=1), 2) as attached:
+                drawn.append([attached.attend(i, *step) for step in steps for i in range(2)])
+    for ours, theirs in zip(*drawn, strict=True):
+        assert torch.equal(ours, theirs)
