@@ -1,4 +1,4 @@
-"""``python -m benchmarks allocator|attention|frontier|generate|gpu|memory --json FILE``."""
+"""``python -m benchmarks allocator|attention|frontier|generate|gpu|memory|soak --json FILE``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import allocator, attention, frontier, generate, gpu, memory
+from benchmarks import allocator, attention, frontier, generate, gpu, memory, soak
 from benchmarks.common import environment
 from benchmarks.load import beside_load as neighbour
 from benchmarks.schemas import REPORTS
@@ -155,6 +155,16 @@ def _memory(
     )
     if not all(memory.LEAST <= result["ratio"] <= 1 for result in results):
         _fail(f"a ratio is not in {memory.LEAST} to 1", WRONG)
+
+
+@app.command("soak")
+def _soak(
+    steps: Annotated[int, typer.Option(min=1, help="Random actions.")] = 200_000,
+    seed: int = 0,
+    out: Out = None,
+) -> None:
+    """Generations that interleave, fork and fail on one pool: each draws what it draws alone."""
+    _report("soak", out, lambda progress: soak.run(steps, progress, seed), seed=seed)
 
 
 if __name__ == "__main__":

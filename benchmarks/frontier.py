@@ -104,7 +104,7 @@ def _result(
         "pictures": pictures,
         "identical_pictures": int((~differs).sum()),
         "kl": point.kl / pictures,
-        "psnr_db": mean_and_error(psnr[differs].tolist()),
+        "psnr_db": float(psnr[differs].mean()) if bool(differs.any()) else None,
         "paired_db": mean_and_error((psnr - base)[both].tolist()),
         "seconds": point.seconds,
     }

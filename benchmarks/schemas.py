@@ -98,7 +98,7 @@ class Frontier(Strict):
     pictures: int
     identical_pictures: int
     kl: float
-    psnr_db: MeanAndError
+    psnr_db: float | None
     paired_db: MeanAndError
     seconds: float
 
@@ -129,6 +129,14 @@ class Memory(Strict):
     planned_bytes: int
     measured_bytes: int
     ratio: float
+
+
+class Soak(Strict):
+    steps: int
+    seed: int
+    actions: dict[str, int]
+    violations: int
+    leaked_pages: int
 
 
 class CorrectnessCase(Strict):
@@ -173,4 +181,5 @@ REPORTS: dict[str, type[Report[Any]]] = {
     "generate": Report[Generate],
     "gpu": Report[Gpu],
     "memory": Report[list[Memory]],
+    "soak": Report[Soak],
 }
