@@ -14,64 +14,24 @@ from kvruntime.step import commit, run
 from kvruntime.storage import pool as pool_module
 from kvruntime.storage.layout import RecordFormat
 from kvruntime.storage.records import dequantize, quantize
-from policies import POLICY_NAMES, CacheGeometry, ScaleKV, ScaleSchedule
-
-SCHEDULE = ScaleSchedule.of([1, 2, 3, 4, 5, 6])
-SCALES = len(SCHEDULE)
-GEOMETRY = CacheGeometry(2, 3, 32, "float32", "float32")
-FORMATS = [
-    {},
-    {"kv_dtype": "int4", "kv_start": 2, "page_size": 8},
-    {"kv_dtype": "int8", "kv_groups": 2, "page_size": 8},
-]
-
-
-def cache_of(policy, pool=None, observer=None, **options):
-    chosen = ScaleKV(grid=2) if policy == "scalekv" else policy
-    chosen = CacheOptions(policy=chosen, budget=20, **{"page_size": 4, "workspace": 1} | options)
-    return PagedKVCache(GEOMETRY, SCHEDULE, chosen, softmax_scale=0.2, pool=pool, observer=observer)
-
-
-def tokens(scale, layer, seed, rows=2):
-    """q, k, v of a step, the same whenever it is asked again."""
-    generator = torch.Generator().manual_seed(10_000 * seed + 100 * scale + layer)
-    shape = (rows, SCHEDULE.tokens[scale], GEOMETRY.heads, GEOMETRY.head_dim)
-    return tuple(torch.randn(shape, generator=generator) for _ in "qkv")
-
-
-def step(generation, seed):
-    return generation.attend(generation._layer, *tokens(generation.scale, generation._layer, seed))
-
-
-def steps(generation, seed, until=SCALES):
-    """Attention of every step up to a scale."""
-    out = []
-    while generation.scale < until:
-        out.append(step(generation, seed))
-    return out
-
-
-def alone(policy, seed, **options):
-    """What a generation computes that has a pool for itself."""
-    with cache_of(policy, **options).open(2) as generation:
-        return steps(generation, seed)
-
-
-def pool_for(cache, generations):
-    return Pool(
-        num_pages=generations * cache.plan(2).peak_pages,
-        page_bytes=cache.page_bytes,
-        weight_bytes=cache.weight_bytes,
-    )
-
-
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+from policies import POLICY_NAMES, Needs
+from tests.hazards.steps import (
+    FORMATS,
+    GEOMETRY,
+    SCALES,
+    Breathing,
+    alone,
+    assert_same,
+    cache_of,
+    pool_for,
+    step,
+    steps,
+    tokens,
+)
 
 
 @pytest.mark.parametrize("options", FORMATS)
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("policy", [*POLICY_NAMES, Breathing(Needs()), Breathing(Needs(queries=1))])
 @pytest.mark.parametrize("fork_at", [2, 4])
 def test_h01_copy_on_write_takes_a_page_that_the_step_still_reads(policy, options, fork_at):
     """Both sides of a fork compute what a generation by itself computes."""
@@ -82,7 +42,7 @@ def test_h01_copy_on_write_takes_a_page_that_the_step_still_reads(policy, option
         before = steps(first, 1, fork_at)
         with first.fork() as second:
             ours, theirs = [*before], [*before]
-            while first.scale < len(SCHEDULE):  # in turn, so that each takes what the other left
+            while first.scale < SCALES:  # in turn, so that each takes what the other left
                 ours.append(step(first, 1))
                 theirs.append(step(second, 1))
                 pool.check()
@@ -92,23 +52,28 @@ def test_h01_copy_on_write_takes_a_page_that_the_step_still_reads(policy, option
 
 
 @pytest.mark.parametrize("options", FORMATS)
-@pytest.mark.parametrize("policy", POLICY_NAMES)
-def test_h02_pages_change_owner_before_they_are_read(policy, options):
-    """Another generation of the pool steps in the middle of this one's step, row by row."""
-    pool = pool_for(cache_of(policy, **options), 2)
+@pytest.mark.parametrize("policy", [Breathing(Needs()), Breathing(Needs(queries=1))])
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_h02_pages_change_owner_before_they_are_read(policy, options, ahead):
+    """Another generation of the pool takes pages and writes them in the middle of this one's
+    step.
+    """
     others, theirs = [], []
 
-    def intrude(*_):
-        if others[0].is_open and others[0].scale < len(SCHEDULE):
+    def intrude(scale, layer, first_row, q, keys):
+        if first_row == 0 and others[0].scale < SCALES:
             theirs.append(step(others[0], 2))
 
+    plain = cache_of("full", **options)
+    pool = pool_for(plain, 2)
     intruded = cache_of(policy, pool, intrude, **options)
-    with cache_of(policy, pool, **options).open(2) as other, intruded.open(2) as generation:
+    with cache_of("full", pool, **options).open(2) as other, intruded.open(2) as generation:
         others.append(other)
+        theirs += steps(other, 2, ahead)
         ours = steps(generation, 1)
-        assert other.scale == len(SCHEDULE)
+        assert other.scale == SCALES
     assert_same(ours, alone(policy, 1, **options))
-    assert_same(theirs, alone(policy, 2, **options))
+    assert_same(theirs, alone("full", 2, **options))
     pool.check()
 
 
@@ -188,7 +153,7 @@ def test_h06_keys_and_values_interleaved_in_one_tensor(policy, options):
     wanted = alone(policy, 1, **options)
     with cache_of(policy, **options).open(2) as generation:
         ours = []
-        while generation.scale < len(SCHEDULE):
+        while generation.scale < SCALES:
             q, *both = tokens(generation.scale, generation._layer, 1)
             k, v = torch.stack(both, dim=-1).unbind(-1)
             assert k.stride(-1) == 2
@@ -226,7 +191,7 @@ def test_h12_page_ids_go_up_as_int32_and_slots_not_at_all(policy, monkeypatch):
     monkeypatch.setattr(commit, "upload", spy)
     cache = cache_of(policy)
     with cache.open(2) as generation:
-        while generation.scale < len(SCHEDULE):
+        while generation.scale < SCALES:
             sent.clear()
             step(generation, 1)
             table = generation._tables[generation._layer - 1]

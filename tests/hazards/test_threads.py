@@ -53,6 +53,23 @@ def test_h23_a_model_in_use_refuses_another_thread(tiny_model):
         assert isinstance(refusal, ScheduleError) and "another thread draws" in str(refusal)
 
 
+def test_h23_a_model_about_to_draw_refuses_another_thread(tiny_model):
+    """Between the start of the sampler and the first layer, when no generation is open yet."""
+    own = tiny_model.generate(LABELS, seed=1)
+    refusals = []
+
+    def before_the_first_layer(*_):
+        if not refusals:
+            refusals.append(None)
+            refusals.append(in_a_thread(lambda: tiny_model.generate(LABELS, seed=2)))
+
+    with kvruntime.attach(tiny_model, "full", 1.0):
+        hook = tiny_model.blocks[0].attention.qkv.register_forward_pre_hook(before_the_first_layer)
+        assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+        hook.remove()
+    assert isinstance(refusals[1], ScheduleError)
+
+
 def test_h23_a_model_left_half_done_refuses_another_thread(tiny_model):
     with kvruntime.attach(tiny_model, "full", 1.0) as attached:
         for block in tiny_model.blocks:
