@@ -46,7 +46,7 @@ def test_pages(xformers, page_size, head_dim, groups, num_queries, weighted):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(tuple(AXES), filter(is_readable, product(*AXES.values())))
+@pytest.mark.parametrize(tuple(AXES), [*filter(is_readable, product(*AXES.values()))])
 def test_every_format(xformers, page_size, head_dim, groups, num_queries, weighted):
     cached = Cached(page_size, head_dim, records_of(groups), LENGTHS, weighted)
     assert cached.worst_error(xformers, num_queries) < cached.bound
