@@ -59,10 +59,11 @@ def test_lanes_that_grow_and_shrink_at_random(make, num_queries, is_ragged, opti
     schedule = ScaleSchedule.of([1, 2, 4, 3, 2, 3, 1])
     for seed in range(12):
         policy = Spy(make(seed, num_queries, is_ragged))
-        geometry = CacheGeometry(2, 2, 32, "float16", "float16")
+        dtype = "bfloat16" if seed % 3 else "float16"
+        geometry = CacheGeometry(2, 2, 32, dtype, dtype)
         workspace = 2**28 if seed % 2 else 1
         case = Case(geometry, schedule, policy, 1, 8, 2, workspace, options)
-        check_generation(case, case.cache(), TOLERANCE["float16"])
+        check_generation(case, case.cache(), TOLERANCE[dtype])
 
 
 class Broken(Exception):

@@ -6,12 +6,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
-    consumes,
     initialize,
     invariant,
-    multiple,
+    precondition,
     rule,
 )
 
@@ -23,6 +21,7 @@ from tests.hazards.interrupts import Interrupts
 from tests.shared import CASES, Twin, pool_of
 
 seeds = st.integers(0, 3)
+twins = st.integers(0, 9)  # which of those that are open, counted round and round
 
 
 class Broken(Exception):
@@ -40,8 +39,6 @@ PLACES = [
 
 
 class PoolOfGenerations(RuleBasedStateMachine):
-    twins = Bundle("twins")
-
     @initialize(
         names=st.lists(st.sampled_from(sorted(CASES)), min_size=2, max_size=3, unique=True),
         num_pages=st.integers(12, 120),
@@ -64,7 +61,7 @@ class PoolOfGenerations(RuleBasedStateMachine):
         twin.close()
         assert not twin.generation.is_open and twin.generation.stats.live_pages == 0
 
-    @rule(target=twins, which=st.integers(0, 2))
+    @rule(which=st.integers(0, 2))
     def open(self, which):
         cache = self.caches[which % len(self.caches)]
         case = self.cases[which % len(self.caches)]
@@ -76,52 +73,58 @@ class PoolOfGenerations(RuleBasedStateMachine):
                 assert isinstance(caught.value, OutOfPages)
                 free = self.pool.num_pages - self.reserved()
                 assert (caught.value.requested, caught.value.free) == (needed, free)
-            return multiple()
+            return
         twin = Twin(case, cache, cache.open(case.rows))
         self.open_now.append(twin)
-        return twin
 
+    @precondition(lambda self: self.open_now)
     @rule(twin=twins, seed=seeds, steps=st.integers(1, 4))
     def step(self, twin, seed, steps):
+        twin = self.open_now[twin % len(self.open_now)]
         for _ in range(steps):
-            if twin in self.open_now and not twin.is_done:
+            if not twin.is_done:
                 twin.step(seed)
 
-    @rule(target=twins, twin=twins)
+    @precondition(lambda self: self.open_now)
+    @rule(twin=twins)
     def fork(self, twin):
-        if twin not in self.open_now or not twin.is_between_scales:
-            return multiple()
+        twin = self.open_now[twin % len(self.open_now)]
+        if not twin.is_between_scales:
+            return
         if self.reserved() + twin.generation.plan.peak_pages > self.pool.num_pages:
             with pytest.raises(OutOfPages):
                 twin.generation.fork()
-            return multiple()
+            return
         other = twin.fork()
         self.open_now.append(other)
-        return other
 
+    @precondition(lambda self: self.open_now)
     @rule(twin=twins, data=st.data())
     def keep_rows(self, twin, data):
-        if twin in self.open_now and twin.is_between_scales:
+        twin = self.open_now[twin % len(self.open_now)]
+        if twin.is_between_scales:
             everyone = range(twin.generation.rows)
             places = data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True))
             twin.keep_rows(places)
 
-    @rule(twin=consumes(twins))
+    @precondition(lambda self: self.open_now)
+    @rule(twin=twins)
     def close(self, twin):
-        if twin in self.open_now:
-            self.gone(twin)
+        self.gone(self.open_now[twin % len(self.open_now)])
 
-    @rule(twin=consumes(twins))
+    @precondition(lambda self: self.open_now)
+    @rule(twin=twins)
     def forget(self, twin):
         """Nobody closes it: its pages come back when it is collected."""
-        if twin in self.open_now:
-            self.open_now.remove(twin)
-            twin.alone.close()
-            del twin.generation
+        twin = self.open_now.pop(twin % len(self.open_now))
+        twin.alone.close()
+        del twin.generation
 
+    @precondition(lambda self: self.open_now)
     @rule(twin=twins, where=st.sampled_from(PLACES), seed=seeds)
     def fail(self, twin, where, seed):
-        if twin not in self.open_now or twin.is_done:
+        twin = self.open_now[twin % len(self.open_now)]
+        if twin.is_done:
             return
 
         def broken(*args, **kwargs):
@@ -136,32 +139,39 @@ class PoolOfGenerations(RuleBasedStateMachine):
                 assert not twin.generation.is_open
         self.gone(twin)
 
+    @precondition(lambda self: self.open_now)
     @rule(twin=twins, at=st.integers(1, 700), seed=seeds)
     def interrupt(self, twin, at, seed):
-        if twin not in self.open_now or twin.is_done:
+        twin = self.open_now[twin % len(self.open_now)]
+        if twin.is_done:
             return
         inputs = twin.inputs(twin.generation.scale, twin.layer, seed, twin.rows)
-        with pytest.MonkeyPatch.context(), Interrupts(at):
+        with Interrupts(at):
             try:
                 twin.generation.attend(twin.layer, *inputs)
             except KeyboardInterrupt:
                 pass
         self.gone(twin)
 
+    @precondition(lambda self: self.open_now)
     @rule(twin=twins, at=st.integers(1, 120))
     def interrupt_the_end(self, twin, at):
-        if twin not in self.open_now:
-            return
+        twin = self.open_now[twin % len(self.open_now)]
+        before = twin.generation.stats.live_pages
         with Interrupts(at):
             try:
                 twin.generation.close()
             except KeyboardInterrupt:
                 pass
+        # it is carried out all the same, unless it had not begun
+        assert twin.generation.stats.live_pages == (before if twin.generation.is_open else 0)
         self.gone(twin)
 
+    @precondition(lambda self: self.open_now)
     @rule(twin=twins, at=st.integers(1, 300))
     def interrupt_a_fork(self, twin, at):
-        if twin not in self.open_now or not twin.is_between_scales:
+        twin = self.open_now[twin % len(self.open_now)]
+        if not twin.is_between_scales:
             return
         with Interrupts(at):
             try:
@@ -199,3 +209,24 @@ class PoolOfGenerations(RuleBasedStateMachine):
 
 PoolOfGenerations.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestPoolOfGenerations = PoolOfGenerations.TestCase
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_forks_of_forks_draw_what_each_draws_alone(name):
+    """One at each boundary, of whoever is there, drawn on in turns."""
+    case, pool = CASES[name](), pool_of(600)
+    cache = case.cache(pool)
+    twins = [Twin(case, cache, cache.open(case.rows))]
+    for scale in range(len(case.schedule)):
+        for _ in range(case.geometry.layers):
+            for number, twin in enumerate(twins):
+                twin.step(seed=number)
+                pool.check()
+        if scale == 2:
+            twins[1].keep_rows([1])
+        if scale < 4:
+            twins += [twin.fork() for twin in twins[:3]]
+    assert all(twin.is_done for twin in twins) and len(twins) > 9
+    for twin in twins:
+        twin.close()
+    assert pool.stats.live_pages == pool.stats.reserved_pages == 0

@@ -228,9 +228,10 @@ def test_an_owner_that_is_forgotten_gives_back_its_pages():
 
 
 def test_the_peak_is_counted_while_anybody_is_there():
-    pool = Pool(num_pages=4, page_bytes=2 * HALF)
+    pool, owners = Pool(num_pages=4, page_bytes=2 * HALF), []
     for pages in (3, 2):
         owner = Owner(pool, 1, 1)
+        owners.append(owner)  # dismissed, not forgotten
         pool.admit(owner, owner.tables, 3)
         with pool.changing():
             owner.table.commit(owner.table.propose(slice(0, 1), np.array([pages]), 1))
