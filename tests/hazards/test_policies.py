@@ -153,9 +153,10 @@ def test_h16_a_policy_without_queries_returns_any_number(choose):
 
 
 def test_h10_full_does_not_look_at_its_budget():
-    for budget in (0.001, 1, 1e-9):
-        made = plan("infinity-8b", 1, "full", budget)
-        assert made.peak_pages == plan("infinity-8b", 1, "full", 1.0).peak_pages
+    for name in ("var-d16", "infinity-8b"):
+        for budget in (0.001, 1, 1e-9):
+            made = plan(name, 1, "full", budget)
+            assert made.peak_pages == plan(name, 1, "full", 1.0).peak_pages
 
 
 def candidates_of(dtype, factor=1.0, cached=40, rows=2):
