@@ -210,8 +210,9 @@ class Pool:
 
     def _mark_lost(self, tables: list[BlockTable]) -> None:
         """An owner went without being dismissed: its pages are found when somebody asks next."""
-        if any(table.num_pages.any() for table in tables):
-            self._has_lost = True
+        had_lost, self._has_lost = self._has_lost, True  # an interrupt in here would be dropped
+        if not any(table.num_pages.any() for table in tables):
+            self._has_lost = had_lost
 
     def wait_for_reads(self) -> None:
         """On CUDA: before pages that another stream read last are written on this one."""
