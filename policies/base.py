@@ -58,7 +58,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class StepSizes:
-    """Sizes of a step in which tokens are dropped, for the scratch that a policy declares.
+    """Sizes of a step, for the scratch that a policy declares.
 
     cached, fresh: tokens of the longest lane before the step, and of the scale. kept: tokens of
     the longest lane after it. dtype: of keys and values.

@@ -30,12 +30,11 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class StepShape:
+class StepShape(StepSizes):
     """Sizes of one layer's step for some rows.
 
-    cached: tokens of the longest lane before. table, page_size, reads: pages of the longest lane
-        before, tokens in one, and their records (None: exact).
-    kept, new_table, new_page_size, writes: the same after the step.
+    table, page_size, reads: pages of the longest lane before, tokens in one, and their records
+        (None: exact). new_table, new_page_size, writes: the same after the step.
     written: tokens written for one row, over its heads.
     sources: of a shift, how many candidates are written to each lane; moved: how many are cached.
     fresh_is_slice: of a shift, whether those of the new scale are neighbours.
@@ -44,16 +43,9 @@ class StepShape:
     """
 
     kind: Kind
-    rows: int
-    heads: int
-    head_dim: int
-    dtype: str
-    cached: int
-    fresh: int
     table: int
     page_size: int
     reads: RecordFormat | None
-    kept: int
     new_table: int
     new_page_size: int
     writes: RecordFormat | None
@@ -64,10 +56,6 @@ class StepShape:
     is_ragged: bool
     is_even: bool
     weighted: bool
-
-    @property
-    def candidates(self) -> int:
-        return self.cached + self.fresh
 
     @property
     def places(self) -> int:
@@ -100,13 +88,6 @@ class StepShape:
         """Whether logits of gathered tokens get something added."""
         return self.cached > 0 and (self.is_ragged or self.weighted)
 
-    @property
-    def sizes(self) -> StepSizes:
-        """As a policy sees it."""
-        return StepSizes(
-            self.rows, self.heads, self.head_dim, self.dtype, self.cached, self.fresh, self.kept
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class StepRegions:
@@ -133,7 +114,7 @@ class StepRegions:
 
 def declare(shape: StepShape, policy: Policy) -> StepRegions:
     """The regions of such a step."""
-    select = policy.scratch(shape.sizes) if shape.kind in (Kind.CHOOSE, Kind.FOLD) else []
+    select = policy.scratch(shape) if shape.kind in (Kind.CHOOSE, Kind.FOLD) else []
     if select:
         each = _checked_bytes(shape)
         most = (shape.rows, shape.heads, shape.kept, each)

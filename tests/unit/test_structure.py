@@ -159,28 +159,13 @@ def test_functions_stay_readable():
                 assert node.end_lineno - node.lineno < 70, f"{name}.{node.name}"
 
 
-PUBLIC = {
-    "Allocation",
-    "BackendUnavailable",
-    "CacheGeometry",
-    "CacheOptions",
-    "Generation",
-    "KVRuntimeError",
-    "OutOfPages",
-    "PageStateError",
-    "PagedKVCache",
-    "Policy",
-    "Pool",
-    "PoolStats",
-    "ScaleSchedule",
-    "ScheduleError",
-    "Selection",
-    "Stats",
-    "UnsupportedModel",
-    "WillNeverFit",
-    "attach",
-    "plan",
-}
+PUBLIC = set(
+    """
+    Allocation BackendUnavailable CacheGeometry CacheOptions Generation KVRuntimeError OutOfPages
+    PageStateError PagedKVCache Policy Pool PoolStats ScaleSchedule ScheduleError Selection Stats
+    UnsupportedModel WillNeverFit attach plan
+    """.split()
+)
 
 
 def test_public_names():
