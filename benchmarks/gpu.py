@@ -29,7 +29,6 @@ from kvruntime.storage.memory import free_bytes
 from kvruntime.storage.pool import Pages
 from policies import TORCH_DTYPES, CacheGeometry, ScaleSchedule
 
-POLICIES = ("full", "scalekv", "centroid")
 PLAN_FOR_A_CPU = find_model("emoji64").with_dtypes("float16", "float16")
 
 
@@ -48,6 +47,7 @@ class Sizes:
     budget: int
     copied_bytes: int
     backend: str  # of whole pictures
+    policies: tuple[str, ...] = ("full", "scalekv", "centroid")
 
 
 FULL = Sizes(
@@ -64,7 +64,18 @@ FULL = Sizes(
     "auto",
 )
 TINY = Sizes(
-    ScaleSchedule.of([1, 2, 4]), 1, 2, (3,), ("float16",), (32,), (16, 64), (1,), 16, 2**20, "sdpa"
+    ScaleSchedule.of([1, 2, 4]),
+    1,
+    2,
+    (3,),
+    ("float16",),
+    (32,),
+    (16, 64),
+    (1,),
+    16,
+    2**20,
+    "sdpa",
+    ("full", "scalekv"),
 )
 
 
@@ -217,7 +228,7 @@ def attention(
 
     runs: dict[str, Callable[[], object]] = {"own": own}
     caches = {}
-    for policy in POLICIES:
+    for policy in sizes.policies:
         for kv_dtype in (None, "int4"):
             for backend in ("sdpa", "xformers"):
                 name = f"{policy} {kv_dtype or dtype} {backend}"
@@ -280,7 +291,7 @@ def generate(
         synchronise(device)
 
     report: dict[str, Any] = {"own_seconds": spread(interleaved({"": draw}, repeats, progress)[""])}
-    for policy in POLICIES:
+    for policy in sizes.policies:
         for kv_dtype in (None, "int4"):
             with kvruntime.attach(
                 model, policy, 0.10, kv_dtype=kv_dtype, page_size=64, backend=sizes.backend

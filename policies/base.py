@@ -152,7 +152,8 @@ class Policy(Protocol):
     def select(self, candidates: Candidates) -> Selection:
         """Which candidates each head keeps, as many as ``candidates.keep`` says.
 
-        Called only where something is dropped. Without content the choice is the same for all
-        rows, and for a given scale and layer always the same.
+        Called only where something is dropped. Without content the choice depends on ``scale``,
+        ``keep`` and ``positions`` alone: it is made once for all layers and generations that are
+        alike in these, for one head where all heads are.
         """
         ...
