@@ -1,5 +1,5 @@
-"""Many generations of two caches on one pool, in a random mix: opened, advanced, forked, thinned out,
-closed, failing. Every output is compared with that of the same generation drawn alone.
+"""Many generations of two caches on one pool, in a random mix: opened, advanced, forked, thinned
+out, closed, failing. Every output is compared with that of the same generation drawn alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Broken(Exception):
 
 @dataclass
 class Family:
-    """A cache, and what its generations compute: inputs and outputs of each (seed, scale, layer)."""
+    """A cache, and the inputs and outputs of its generations at each (seed, scale, layer)."""
 
     cache: PagedKVCache
     inputs: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
