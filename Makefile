@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# two processes of one thread: threads of one would spin in the way of the other
+WORKERS := OMP_NUM_THREADS=1
 
 .PHONY: demo lint test test-full format clean
 
@@ -12,10 +14,10 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not full"
+	$(WORKERS) $(BIN)/python -m pytest -m "not full" -n 2
 
 test-full: lint
-	$(BIN)/python -m pytest -m ""
+	$(WORKERS) $(BIN)/python -m pytest -m "" -n 2
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

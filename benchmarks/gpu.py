@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from rich.progress import Progress
 import kvruntime
 from benchmarks.common import interleaved, own_attention, ratios, spread
 from benchmarks.correctness import backends, correctness, filled_pool, gather_pages
+from benchmarks.gpu_sizes import FULL, Sizes
 from kvruntime import BackendUnavailable, CacheOptions, PagedKVCache, Stats
 from kvruntime.attention import reasons_against_xformers
 from kvruntime.attention.base import Lanes
@@ -24,59 +24,12 @@ from kvruntime.catalogue import find_model
 from kvruntime.demo import demo_labels
 from kvruntime.planning import max_rows, plan
 from kvruntime.reference import load_model
-from kvruntime.storage.layout import GROUPS, RecordFormat
+from kvruntime.storage.layout import RecordFormat
 from kvruntime.storage.memory import free_bytes
 from kvruntime.storage.pool import Pages
-from policies import TORCH_DTYPES, CacheGeometry, ScaleSchedule
+from policies import TORCH_DTYPES, CacheGeometry
 
 PLAN_FOR_A_CPU = find_model("emoji64").with_dtypes("float16", "float16")
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much is measured; TINY is for the interpreter."""
-
-    schedule: ScaleSchedule
-    pictures: int
-    heads: int
-    queries: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    head_dims: tuple[int, ...]
-    page_sizes: tuple[int, ...]
-    kv_groups: tuple[int, ...]
-    budget: int
-    copied_bytes: int
-    backend: str  # of whole pictures
-    policies: tuple[str, ...] = ("full", "scalekv", "centroid")
-
-
-FULL = Sizes(
-    find_model("infinity-2b").schedule,
-    16,
-    16,
-    (1, 30, 300),
-    ("float16", "bfloat16"),
-    (64, 128),
-    (16, 32, 64, 128),
-    GROUPS,
-    650,
-    2**30,
-    "auto",
-)
-TINY = Sizes(
-    ScaleSchedule.of([1, 2, 4]),
-    1,
-    2,
-    (3,),
-    ("float16",),
-    (32,),
-    (16, 64),
-    (1,),
-    16,
-    2**20,
-    "sdpa",
-    ("full", "scalekv"),
-)
 
 
 def run(
