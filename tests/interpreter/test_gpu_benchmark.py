@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import correctness, gpu
+from benchmarks.gpu_sizes import TINY
 from benchmarks.schemas import Gpu
 from kvruntime.storage.layout import RecordFormat
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_part_runs(xformers):
-    report = gpu.run(1, None, "cpu", gpu.TINY)
+    report = gpu.run(1, None, "cpu", TINY)
     Gpu.model_validate(report)
     cases = report["correctness"]
     assert report["all_correct"], [case for case in cases if case["error"] > case["bound"]]
