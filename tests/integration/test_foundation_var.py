@@ -143,6 +143,21 @@ def test_quantised_pages(var, policy, kv_dtype, share):
     print(f"\n{policy} {kv_dtype} from scale {stats.kv_start}: {psnr:.1f} dB")
 
 
+def test_centroids_in_two_percent_of_the_bytes(var):
+    own_attention(var)
+    own = draw(var)
+    before = every_attribute(var)
+    with kvruntime.attach(var, "centroid", "2%", kv_dtype="int4") as attached:
+        first = draw(var)
+        assert torch.equal(draw(var), first)
+    stats = attached.stats
+    assert every_attribute(var) == before
+    assert stats.planned_pages == stats.peak_pages and stats.live_pages == 0
+    assert 0 < stats.page_bytes <= 0.02 * stats.history_bytes
+    psnr = float(-10 * (first - own).square().mean().log10())
+    print(f"\ncentroid int4 2 %: {psnr:.1f} dB, {stats.budget_tokens} tokens of a lane")
+
+
 class Broken(Exception):
     pass
 
