@@ -18,6 +18,7 @@ from kvruntime.attention import import_xformers, reasons_against_xformers
 from kvruntime.attention.cubin import compile_in_a_process
 from kvruntime.attention.sdpa import SDPA
 from kvruntime.planning import plan
+from kvruntime.storage.memory import start_nvml
 
 _PACKAGES = ("kvruntime", "torch", "numpy", "xformers", "triton", "nvidia-ml-py")
 _NO_GPU_CAPABILITY = 90
@@ -38,14 +39,9 @@ def nvml_devices() -> tuple[list[dict[str, Any]], str | None, str | None]:
     """GPUs as the driver sees them; its version; or why it sees none. Bytes, watts, MHz; None for
     what a GPU does not tell.
     """
-    try:
-        import pynvml
-    except ImportError:
-        return [], None, "nvidia-ml-py is not installed"
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return [], None, f"no NVIDIA driver answers: {error}"
+    pynvml, why_not = start_nvml()
+    if pynvml is None:
+        return [], None, why_not
 
     def told(function: Any, *arguments: Any) -> Any:
         try:

@@ -213,7 +213,7 @@ class Generation:
                 for table in self._tables:
                     table.keep_rows(kept)
                 pool.reserve(self, plan.peak_pages)
-            self._runner = Runner(plan, pool, runner.backend, runner.softmax_scale, runner.observer)
+            self._runner = replace(runner, plan=plan)
             self._rows = kept.size
         except BaseException:
             self._end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 LARGEST = 2**30  # rows, or tokens in a page: beyond it is a slip of the hand
 _UNITS = {
@@ -40,3 +41,14 @@ def check_positive(name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is a positive integer up to LARGEST."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
         raise ValueError(f"{name} must be a positive integer up to 2^30, got {value!r}")
+
+
+def largest(fits: Callable[[int], bool], least: int, beyond: int) -> int:
+    """The largest number in least..beyond - 1 that fits, by bisection; ``least`` is not asked."""
+    while beyond - least > 1:
+        middle = (least + beyond) // 2
+        if fits(middle):
+            least = middle
+        else:
+            beyond = middle
+    return least

@@ -25,7 +25,7 @@ from policies.scoring import (
     beyond,
     centres_on,
 )
-from policies.scratch import Region, part_of
+from policies.scratch import Region, part_of, wide
 
 _FAR = -1e30  # a product that no key reaches; finite, since its lowest bits become a number
 _PACKED = 1024  # most seeds whose number fits into the bits of a product that can be spared
@@ -176,9 +176,7 @@ def _gather(keys: Tensor, places: Tensor, name: str, scratch: Mapping[str, Tenso
     """Keys at places [lanes, n] as float32 [lanes, n, head_dim], in the region ``name``."""
     out = part_of(scratch[name], *places.shape, keys.shape[3])
     raw = out if keys.dtype == out.dtype else part_of(scratch["raw"], *out.shape)
-    source, target = keys.flatten(0, 1), raw
-    if keys.shape[3] * keys.element_size() % 16 == 0:  # 16 bytes a number: fewer to copy
-        source, target = source.view(torch.complex128), raw.view(torch.complex128)
+    source, target = wide(keys.flatten(0, 1), raw)
     lane = torch.arange(places.shape[0], device=keys.device).unsqueeze(1)
     torch.ops.aten.index.Tensor_out(source, [lane, places], out=target)
     return out if raw is out else out.copy_(raw)

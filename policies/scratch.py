@@ -64,3 +64,21 @@ def lend(regions: Iterable[Region], device: torch.device) -> dict[str, Tensor]:
         for region in regions
         if not region.by_torch
     }
+
+
+def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same bytes as 16-byte numbers where all of the tensors allow it, so that indexing, which
+    copies number by number, has fewer of them to copy; else as integers of their own size, which
+    torch copies as they are.
+    """
+    for tensor in tensors:
+        width = 16 // tensor.element_size()
+        offsets = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
+        if tensor.stride(-1) != 1:
+            return tensors
+        if any(offset % width for offset in offsets):
+            return tuple(part.view(_INTEGERS[part.element_size()]) for part in tensors)
+    return tuple(tensor.view(torch.complex128) for tensor in tensors)
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kvruntime.planning.baseline import baseline_bytes
 from kvruntime.planning.positions import Positions
 from kvruntime.planning.regions import Kind, StepRegions, StepShape, declare, output_bytes
-from kvruntime.sizes import check_positive
+from kvruntime.sizes import check_positive, largest
 from kvruntime.storage.layout import WEIGHT_BYTES, PageLayout, RecordFormat, stored_bytes
 from policies import CacheGeometry, Lengths, Policy, ScaleSchedule
 
@@ -27,8 +27,8 @@ class Plan:
     quantised: whether a layer's tokens are records after a scale, bool [scales, layers].
     page_size, exact_page_size: records in a page, and exact tokens in one: pages are equally large.
     bytes_per_page, weight_bytes_per_page: of a page's K and V, and of its log weights.
-    positions: what the host knows of every step. declared, shapes: what was worked out already.
-    declared, row_shapes: what was worked out already, shared by plans of other rows.
+    positions: what the host knows of every step.
+    declared, shapes, row_shapes: what was worked out already, shared by plans of other rows.
     Always: peak_pages == rows * max(row_pages);
         page_bytes == peak_pages * (bytes_per_page + weight_bytes_per_page).
     """
@@ -112,14 +112,8 @@ class Plan:
         """Rows processed at a time: as many as the workspace limit allows, at least one."""
         if self._step_bytes(self.rows) <= self.workspace_limit:  # one chunk needs no output beside
             return self.rows
-        fits, too_many = 1, self.rows
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if self._step_bytes(middle) <= self.workspace_limit:
-                fits = middle
-            else:
-                too_many = middle
-        return fits
+        limit = self.workspace_limit
+        return largest(lambda rows: self._step_bytes(rows) <= limit, 1, self.rows)
 
     @cached_property
     def workspace_bytes(self) -> int:

@@ -12,7 +12,7 @@ from kvruntime.options import CacheOptions
 from kvruntime.planning.baseline import history_bytes
 from kvruntime.planning.demand import WORKSPACE_LIMIT, Plan
 from kvruntime.planning.positions import Positions
-from kvruntime.sizes import check_positive, parse_bytes, parse_share
+from kvruntime.sizes import check_positive, largest, parse_bytes, parse_share
 from kvruntime.storage.layout import (
     MOST_QUANTISED_TOKENS,
     WEIGHT_BYTES,
@@ -130,25 +130,20 @@ def _most_tokens(
     """The plan with most tokens whose pages take at most ``most`` bytes; the smallest one that the
     policy accepts if none does.
     """
-    low, high = 0, schedule.total  # low is refused or unknown, high is accepted
-    build(high, page_size)
-    while high - low > 1:
-        middle = (low + high) // 2
+    build(schedule.total, page_size)  # what this refuses is not a matter of tokens
+
+    def is_refused(tokens: int) -> bool:
         try:
-            build(middle, page_size)
-            high = middle
+            build(tokens, page_size)
         except ValueError:
-            low = middle
-    least = best = build(high, page_size)
-    fits, too_many = high, schedule.total + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        plan = build(middle, page_size)
-        if plan.page_bytes <= most:
-            fits, best = middle, plan
-        else:
-            too_many = middle
-    return best if best.page_bytes <= most else least
+            return True
+        return False
+
+    least = 1 + largest(is_refused, 0, schedule.total)
+    fits = largest(
+        lambda tokens: build(tokens, page_size).page_bytes <= most, least, schedule.total + 1
+    )
+    return build(fits, page_size)
 
 
 def _build(
@@ -242,14 +237,8 @@ def max_rows(plan: Plan, memory: int, reserved: int = 0) -> int:
     """The most rows of such a generation whose pages and workspace fit in ``memory`` bytes less
     ``reserved``, up to MAX_ROWS; 0 if none do.
     """
-    fits, too_many = 0, MAX_ROWS + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if plan.for_rows(middle).total_bytes <= memory - reserved:
-            fits = middle
-        else:
-            too_many = middle
-    return fits
+    room = memory - reserved
+    return largest(lambda rows: plan.for_rows(rows).total_bytes <= room, 0, MAX_ROWS + 1)
 
 
 def require(plan: Plan, memory: int, reserved: int = 0) -> None:

@@ -10,6 +10,7 @@ from kvruntime.planning.demand import Plan
 from kvruntime.step.prepare import Prepared
 from kvruntime.step.read import Held
 from policies import Candidates, Selection
+from policies.scoring import beyond
 
 
 def choose(plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: float) -> Selection:
@@ -36,10 +37,7 @@ def choose(plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: flo
     _check_tensor(name, "keep", selection.keep, wanted, torch.int64)
     keep = base["chosen"].copy_(selection.keep)
     if not shape.is_even:
-        unused = step.known.constant(
-            keep.device, "unused", lambda: np.arange(shape.kept) >= step.after[:, None]
-        )
-        keep.masked_fill_(unused, count)
+        keep.masked_fill_(beyond(tuple(step.after.tolist()), keep.device), count)
     into = None
     if selection.into is not None and not plan.policy.needs.weights:
         raise ValueError(f"policy {name} folds: its needs must name weights")

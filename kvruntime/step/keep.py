@@ -11,8 +11,8 @@ from kvruntime.step.prepare import Prepared
 from kvruntime.step.read import Held
 from kvruntime.storage.pool import Pages, read, write
 from kvruntime.storage.records import quantize
-from kvruntime.storage.transfer import wide
 from policies import Selection
+from policies.scratch import wide
 
 
 def keep(

@@ -12,8 +12,7 @@ from kvruntime.planning.regions import READ_TOKENS
 from kvruntime.step.prepare import Prepared
 from kvruntime.storage.pool import Pages
 from kvruntime.storage.records import dequantize
-from kvruntime.storage.transfer import wide
-from policies.scratch import part_of
+from policies.scratch import part_of, wide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,19 +34,24 @@ def page_ids(step: Prepared, uploaded: Tensor) -> Tensor:
     return step.views.base["ids"].copy_(uploaded)
 
 
-def read_held(step: Prepared, pages: Pages, ids: Tensor, k: Tensor, v: Tensor) -> Held:
-    """Gather the lanes out of ``pages`` and put the fresh k and v [rows, n, heads, head_dim] behind
-    them.
+def read_held(
+    step: Prepared, pages: Pages | None, ids: Tensor | None, k: Tensor, v: Tensor
+) -> Held:
+    """Gather the lanes out of ``pages``, if they hold any, and put the fresh k and v [rows, n,
+    heads, head_dim] behind them.
     """
     shape, base, count = step.shape, step.views.base, step.shape.candidates
-    keys, values = base["keys"], base["values"]
-    for stored, into, fresh in ((pages.keys, keys, k), (pages.values, values, v)):
-        if shape.cached and pages.records is None:
-            gather(stored, ids, into)
-        elif shape.cached:
-            _gather_records(step, pages, stored, ids, into)
+    keys, values, log_weights = base["keys"], base["values"], None
+    if pages is not None and ids is not None:
+        for stored, into in ((pages.keys, keys), (pages.values, values)):
+            if pages.records is None:
+                gather(stored, ids, into)
+            else:
+                _gather_records(step, pages, stored, ids, into)
+        if shape.has_bias:
+            log_weights = _log_weights(step, pages, ids)
+    for into, fresh in ((keys, k), (values, v)):
         into[:, :, shape.cached : count].copy_(fresh.transpose(1, 2))
-    log_weights = _log_weights(step, pages, ids) if shape.has_bias else None
     if shape.cached and shape.is_ragged:
         hide = hidden(step, keys.device)
         assert log_weights is not None

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from allocator import BlockTable
@@ -105,8 +104,6 @@ def _read(
     """Gathered candidates where anything looks at them; else the fresh ones as they came."""
     looks = step.shape.needs_candidates or runner.observer is not None
     if step.shape.gathers and (looks or not from_pages):
-        if pages is None or ids is None:
-            pages, ids = runner.pages(False), torch.empty(0, device=k.device)
         return read_held(step, pages, ids, k, v)
     return Held(k.transpose(1, 2), v.transpose(1, 2), None)
 

@@ -5,6 +5,7 @@ host.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -36,11 +37,8 @@ def free_bytes(device: torch.device) -> int:
 
 def _nvml_free_bytes(device: torch.device) -> int | None:
     """None where NVML does not answer for this GPU."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # not installed, or no driver: torch is asked then
+    pynvml, _ = start_nvml()
+    if pynvml is None:
         return None
     try:
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
@@ -50,6 +48,19 @@ def _nvml_free_bytes(device: torch.device) -> int | None:
         return None
     finally:
         pynvml.nvmlShutdown()
+
+
+def start_nvml() -> tuple[Any, str]:
+    """pynvml with NVML started, for the caller to shut down; or None, and what is in the way."""
+    try:
+        import pynvml
+    except ImportError:
+        return None, "nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return None, f"no NVIDIA driver answers: {error}"
+    return pynvml, ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

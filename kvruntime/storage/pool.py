@@ -16,8 +16,8 @@ from kvruntime.errors import WillNeverFit
 from kvruntime.sizes import check_positive, parse_bytes, parse_share
 from kvruntime.storage.layout import WEIGHT_BYTES, PageLayout, RecordFormat
 from kvruntime.storage.memory import free_bytes, is_out_of_memory
-from kvruntime.storage.transfer import wide
 from policies import TORCH_DTYPES
+from policies.scratch import wide
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvruntime.storage.transfer
 from kvruntime import CacheOptions, PagedKVCache, Pool
-from kvruntime.storage.transfer import upload, wide
+from kvruntime.storage.transfer import upload
 from policies import CacheGeometry, ScaleSchedule
+from policies.scratch import wide
 
 SCHEDULE = ScaleSchedule.of([1, 2, 3, 4, 6, 8])
 LAYERS, HEADS, DIM = 2, 3, 32
