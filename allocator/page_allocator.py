@@ -39,7 +39,7 @@ class PageAllocator:
         self.num_free = num_pages
         self.high_water = 0
         self._extra_references = 0  # beyond one for each live page
-        self._stack: PageIds = np.arange(num_pages, dtype=np.int32)[::-1].copy()
+        self._stack: NDArray[np.intp] = np.arange(num_pages)[::-1].copy()
         self._references: PageIds = np.arange(-num_pages, 0, dtype=np.int32)
         self._marks: PageIds = np.arange(-1, -1 - 2 * num_pages, -1, dtype=np.int32)  # by place
         self._ids = np.empty(num_pages, dtype=np.intp)
@@ -68,12 +68,10 @@ class PageAllocator:
         if count > self.num_free:
             raise OutOfPages(count, self.num_free, self.num_pages)
         self.num_free -= count
-        pages = self._stack[self.num_free : self.num_free + count].copy()
-        ids = self._ids[:count]
-        ids[:] = pages
+        ids = self._stack[self.num_free : self.num_free + count]
         self._references[ids] = 1
         self.high_water = max(self.high_water, self.num_live)
-        return pages
+        return ids.astype(np.int32)
 
     def retain(self, pages: ArrayLike) -> None:
         """Add a reference to each of these live pages.
@@ -90,7 +88,7 @@ class PageAllocator:
         Raises PageStateError, dropping none, for a page that is free, foreign or named twice.
         """
         ids, owners = self._mark(pages)
-        if (owners > 1).any():
+        if self.is_sharing and owners.max(initial=1) > 1:
             self._references[ids] = owners - 1
             self._extra_references -= int(np.count_nonzero(owners > 1))
             ids = ids[owners == 1]
@@ -122,7 +120,7 @@ class PageAllocator:
         counts = np.zeros(self.num_pages, dtype=np.int32)
         for ids in owned:
             np.add.at(counts, ids, 1)
-        free = np.flatnonzero(counts == 0)[::-1].astype(np.int32)
+        free = np.flatnonzero(counts == 0)[::-1]
         self._stack[: free.size] = free
         self._references[:] = counts
         self._references[free] = -1 - np.arange(free.size, dtype=np.int32)
@@ -174,7 +172,7 @@ class PageAllocator:
         marks = self._marks[self.num_free : self.num_free + given.size]
         ids[:] = given
         self._references.take(ids, out=owners, mode="clip")  # in range; "clip" spares a copy
-        if (owners <= 0).any():
+        if owners.min(initial=1) <= 0:
             raise PageStateError(f"page {ids[owners <= 0][0]} is free already; nothing was changed")
         self._references[ids] = marks
         self._references.take(ids, out=found, mode="clip")

@@ -18,6 +18,7 @@ from policies.base import Allocation, Candidates, Needs, Problem, Selection, Ste
 from policies.budgets import capped
 from policies.schedule import Lengths
 from policies.scoring import (
+    ascending,
     attention_received,
     attention_scratch,
     best,
@@ -26,6 +27,7 @@ from policies.scoring import (
     centres_on,
 )
 from policies.scratch import Region, part_of, wide
+from policies.sketches import sketch, sketch_scratch, sketch_size
 
 _FAR = -1e30  # a product that no key reaches; finite, since its lowest bits become a number
 _PACKED = 1024  # most seeds whose number fits into the bits of a product that can be spared
@@ -38,8 +40,10 @@ class Centroid:
 
     Seeds are chosen in two rounds: ``first_share`` of them by the attention they get from the
     window's queries, the rest where that attention times the distance from the nearest seed is
-    largest. Then every other candidate goes to its nearest seed. Two matrix products, together of
-    (candidates - first seeds) x budget x head_dim for each lane.
+    largest. Then every other candidate goes to its nearest seed. Keys are compared by sketches: how
+    far they go in the directions in which most of them differ, a quarter as many as they have
+    channels. Two matrix products, together of (candidates - first seeds) x budget x sketch for each
+    lane.
 
     grid: the window is grid x grid queries of the current scale.
     """
@@ -63,7 +67,7 @@ class Centroid:
 
     def scratch(self, sizes: StepSizes) -> list[Region]:
         rows, heads, count = sizes.rows, sizes.heads, sizes.candidates
-        lanes, kept, dim = rows * heads, sizes.kept, sizes.head_dim
+        lanes, kept, dim = rows * heads, sizes.kept, sketch_size(sizes.head_dim)
         block = _block(lanes, kept, count)
         return [
             *attention_scratch(sizes, self.needs.queries),
@@ -72,11 +76,11 @@ class Centroid:
             Region("order", (lanes, count), "int64"),
             Region("torch: sort", (lanes, count, 2), "int64", by_torch=True),
             Region("seeds", (rows, heads, kept), "int64"),
-            Region("raw", (lanes, 0 if sizes.dtype == "float32" else count, dim), sizes.dtype),
-            Region("rest_keys", (lanes, count, dim), "float32"),
-            Region("seed_keys", (lanes, kept, dim), "float32"),
+            *sketch_scratch(sizes),
+            Region("rest_sketches", (lanes, count, dim), "float32"),
+            Region("seed_sketches", (lanes, kept, dim), "float32"),
             Region("turned", (lanes, dim, kept), "float32"),
-            Region("halves", (lanes, 1, kept), "float32"),
+            Region("halves", (lanes, kept), "float32"),
             Region("products", (lanes, block, kept), "float32"),
             Region("block_closest", (lanes, block), "float32"),
             Region("misfit", (lanes, count), "float32"),
@@ -103,11 +107,14 @@ class Centroid:
         flat[:, :first] = order[:, :first]
         found = [part_of(part, *rest.shape) for part in scratch["closest"]]
         nearest = [part_of(part, *rest.shape) for part in scratch["nearest"]]
-        rest_keys = _gather(keys, rest, "rest_keys", scratch)
-        _compare(keys, rest_keys, flat[:, :first], firsts, found[0], nearest[0], scratch)
+        sketches = sketch(candidates)
+        rest_sketches = _gather(sketches, rest, "rest_sketches", scratch)
+        _compare(
+            sketches, heads, rest_sketches, flat[:, :first], firsts, found[0], nearest[0], scratch
+        )
         if most > first:
             misfit = part_of(scratch["misfit"], *rest.shape)
-            torch.linalg.vector_norm(rest_keys, dim=-1, out=misfit)
+            torch.linalg.vector_norm(rest_sketches[:, :, :-1], dim=-1, out=misfit)
             # above zero: a score of -1, where no token is, stays below those of tokens
             misfit.square_().sub_(found[0], alpha=2.0).clamp_(min=1e-30).sqrt_()
             by_head = misfit.mul_(ranked[:, least:]).view(rows, heads, -1)
@@ -117,7 +124,16 @@ class Centroid:
             places = best(by_head, keep - firsts, scratch).flatten(0, 1)
             places.clamp_(max=rest.shape[1] - 1)
             flat[:, first:] = torch.gather(rest, 1, places)
-            _compare(keys, rest_keys, flat[:, first:], keep - firsts, found[1], nearest[1], scratch)
+            _compare(
+                sketches,
+                heads,
+                rest_sketches,
+                flat[:, first:],
+                keep - firsts,
+                found[1],
+                nearest[1],
+                scratch,
+            )
             nearest[1].add_(first)
             torch.where(found[1] > found[0], nearest[1], nearest[0], out=nearest[0])
         if (keep != most).any():
@@ -134,34 +150,36 @@ def _block(lanes: int, kept: int, count: int) -> int:
 
 
 def _compare(
-    keys: Tensor,
-    rest_keys: Tensor,
+    sketches: Tensor,
+    heads: int,
+    rest_sketches: Tensor,
     seeds: Tensor,
     counts: Lengths,
     closest: Tensor,
     nearest: Tensor,
     scratch: Mapping[str, Tensor],
 ) -> None:
-    """For the keys ``rest_keys`` [lanes, n, head_dim] the nearest of the seeds [lanes, m], of which
-    each head uses the first ``counts``: its number into ``nearest``, key . seed - |seed|^2 / 2 into
-    ``closest``.
+    """For each of ``rest_sketches`` [lanes, n, sketch] the nearest of the seeds [lanes, m], of
+    which each head uses the first ``counts``: its number into ``nearest``, sketch . seed -
+    |seed|^2 / 2 into ``closest``.
     """
-    heads, dim, (lanes, most) = keys.shape[1], keys.shape[3], seeds.shape
-    chosen = _gather(keys, seeds, "seed_keys", scratch)
-    halves = part_of(scratch["halves"], lanes, 1, most)
-    torch.linalg.vector_norm(chosen, dim=-1, out=halves.squeeze(1))
+    dim, (lanes, most) = sketches.shape[2], seeds.shape
+    chosen = _gather(sketches, seeds, "seed_sketches", scratch)
+    halves = part_of(scratch["halves"], lanes, most)
+    torch.linalg.vector_norm(chosen[:, :, :-1], dim=-1, out=halves)
     halves.square_().mul_(-0.5)
     if (counts != most).any():
-        unused = beyond(tuple(counts.tolist()), keys.device)
+        unused = beyond(tuple(counts.tolist()), seeds.device)
         halves.view(-1, heads, most).masked_fill_(unused, _FAR)
     turned = part_of(scratch["turned"], lanes, dim, most).copy_(chosen.transpose(1, 2))
-    numbers = torch.arange(most, dtype=torch.int32, device=keys.device)
+    turned[:, -1] = halves
+    numbers = torch.arange(most, dtype=torch.int32, device=seeds.device)
     spared = (1 << max(1, (most - 1).bit_length())) - 1
-    count, size = rest_keys.shape[1], scratch["products"].shape[1]
+    count, size = rest_sketches.shape[1], scratch["products"].shape[1]
     for start in range(0, count, size):
         end = min(start + size, count)
         products = part_of(scratch["products"], lanes, end - start, most)
-        torch.bmm(rest_keys[:, start:end], turned, out=products).add_(halves)
+        torch.bmm(rest_sketches[:, start:end], turned, out=products)
         if most <= _PACKED:  # the seed's number in the lowest bits: one pass finds both
             products.view(torch.int32).bitwise_and_(~spared).bitwise_or_(numbers)
             value = part_of(scratch["block_closest"], lanes, end - start)
@@ -172,14 +190,13 @@ def _compare(
             closest[:, start:end], nearest[:, start:end] = products.max(dim=-1)
 
 
-def _gather(keys: Tensor, places: Tensor, name: str, scratch: Mapping[str, Tensor]) -> Tensor:
-    """Keys at places [lanes, n] as float32 [lanes, n, head_dim], in the region ``name``."""
-    out = part_of(scratch[name], *places.shape, keys.shape[3])
-    raw = out if keys.dtype == out.dtype else part_of(scratch["raw"], *out.shape)
-    source, target = wide(keys.flatten(0, 1), raw)
-    lane = torch.arange(places.shape[0], device=keys.device).unsqueeze(1)
+def _gather(sketches: Tensor, places: Tensor, name: str, scratch: Mapping[str, Tensor]) -> Tensor:
+    """Sketches at places [lanes, n], in the region ``name``."""
+    out = part_of(scratch[name], *places.shape, sketches.shape[2])
+    source, target = wide(sketches, out)
+    lane = torch.arange(places.shape[0], device=places.device).unsqueeze(1)
     torch.ops.aten.index.Tensor_out(source, [lane, places], out=target)
-    return out if raw is out else out.copy_(raw)
+    return out
 
 
 def _in_order(
@@ -187,15 +204,9 @@ def _in_order(
 ) -> Selection:
     """The seeds [rows, heads, m] ascending, and every candidate's seed by its new number."""
     rows, heads, most = seeds.shape
-    ordered = (
-        part_of(scratch["best_sorted"], rows, heads, most),
-        part_of(scratch["best_order"], rows, heads, most),
-    )
-    torch.sort(seeds, dim=-1, out=ordered)
-    keep, order = (part.flatten(0, 1) for part in ordered)
-    number = torch.arange(most, device=seeds.device).expand_as(order)
-    rank = part_of(scratch["best_places"], rows * heads, most).scatter_(1, order, number)
+    keep, ranks = ascending(seeds, count, scratch)
     into = part_of(scratch["into"], rows * heads, count + 1)
-    into.scatter_(1, rest, torch.gather(rank, 1, nearest.long()))
-    into.scatter_(1, keep, number)  # also where another seed has the same key
-    return Selection(ordered[0], into[:, :count].view(rows, heads, count))
+    into.scatter_(1, rest, torch.gather(ranks.flatten(0, 1), 1, nearest.long()))
+    number = torch.arange(most, device=seeds.device).expand_as(keep)
+    into.scatter_(1, keep.flatten(0, 1), number.flatten(0, 1))  # also where others' keys are equal
+    return Selection(keep, into[:, :count].view(rows, heads, count))

@@ -114,14 +114,14 @@ def attention_received(candidates: Candidates, centres: Tensor) -> Tensor:
 
 
 def best_scratch(sizes: StepSizes) -> list[Region]:
-    """What ``best`` works in."""
-    shape = (sizes.rows, sizes.heads, sizes.kept)
+    """What ``best`` and ``ascending`` work in."""
+    lanes, kept = (sizes.rows, sizes.heads), sizes.kept
     return [
-        Region("best_scores", shape, "float32"),
-        Region("best_places", shape, "int64"),
-        Region("best_sorted", shape, "int64"),
-        Region("best_order", shape, "int64"),
-        Region("torch: sort", shape, "int64", by_torch=True),
+        Region("best_scores", (*lanes, kept), "float32"),
+        Region("best_places", (*lanes, kept), "int64"),
+        Region("counted", (*lanes, sizes.candidates + 1), "int64"),
+        Region("ranks", (*lanes, kept), "int64"),
+        Region("ascending", (*lanes, kept), "int64"),
     ]
 
 
@@ -131,16 +131,26 @@ def best(scores: Tensor, keep: Lengths, scratch: Mapping[str, Tensor]) -> Tensor
     """
     rows, heads, count = scores.shape
     most = int(keep.max())
-    shape = (rows, heads, most)
     is_even = bool((keep == most).all())
-    found = part_of(scratch["best_scores"], *shape), part_of(scratch["best_places"], *shape)
+    found = [part_of(scratch[part], rows, heads, most) for part in ("best_scores", "best_places")]
     torch.topk(scores, most, dim=-1, sorted=not is_even, out=found)
     places = found[1]
     if not is_even:
         places.masked_fill_(beyond(tuple(keep.tolist()), places.device), count)
-    ordered = part_of(scratch["best_sorted"], *shape), part_of(scratch["best_order"], *shape)
-    torch.sort(places, dim=-1, out=ordered)
-    return ordered[0]
+    return ascending(places, count, scratch)[0]
+
+
+def ascending(places: Tensor, count: int, scratch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Distinct places in 0..count - 1, and ``count`` as often as need be, [rows, heads, m]: in
+    ascending order, and for each where it went. By counting: sorting takes five times as long.
+    """
+    rows, heads, _ = places.shape
+    counted = part_of(scratch["counted"], rows, heads, count + 1).zero_()
+    counted.scatter_(2, places, 1).cumsum_(2)
+    ranks = part_of(scratch["ranks"], *places.shape)
+    torch.gather(counted, 2, places, out=ranks).sub_(1)
+    ordered = part_of(scratch["ascending"], *places.shape).fill_(count)
+    return ordered.scatter_(2, ranks, places), ranks
 
 
 @lru_cache(maxsize=4096)

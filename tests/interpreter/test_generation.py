@@ -82,7 +82,7 @@ def test_the_hand_over_at_any_scale(unsplit, num_queries, start):
     check_generation(case, case.cache(), 1e-2)
 
 
-CLOSE = 2e-4  # nats: float16 rounds, and what is nearly as good is kept in place of another token
+CLOSE = 5e-4  # nats: float16 rounds, and what is nearly as good is kept in place of another token
 
 
 class Enough(Exception):

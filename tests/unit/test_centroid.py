@@ -139,7 +139,7 @@ def test_many_seeds(keep):
     """Up to 1024 the seed's number lies in the product's lowest bits; beyond, it does not."""
     generator = torch.Generator().manual_seed(0)
     schedule = ScaleSchedule.of([30, 20, 1])
-    keys = torch.randn(1, 2, 1300, 8, generator=generator)
+    keys = torch.randn(1, 2, 1300, 5, generator=generator) @ torch.randn(5, 8, generator=generator)
     queries = torch.randn(1, 400, 2, 8, generator=generator)
     policy = Centroid()
     candidates = a_step(policy, keys, queries, keep, schedule, softmax_scale=0.3)

@@ -50,10 +50,11 @@ def test_ids_must_be_integers():
     assert allocator.num_live == 2
 
 
-def test_the_books_are_int32_and_as_long_as_the_pool():
+def test_the_books_are_as_long_as_the_pool_and_ids_are_int32():
     allocator = PageAllocator(5)
     assert allocator.references([0, 4]).dtype == allocator.allocate(1).dtype == np.int32
-    for book in (allocator._stack, allocator._references, allocator._owners, allocator._found):
+    assert allocator._stack.dtype == np.intp and allocator._stack.size == 5  # it is an index
+    for book in (allocator._references, allocator._owners, allocator._found):
         assert book.dtype == np.int32 and book.size == 5
     assert allocator._marks.dtype == np.int32 and allocator._marks.size == 10
 

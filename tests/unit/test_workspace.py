@@ -107,9 +107,9 @@ def test_choosing():
     made = made_of(lane(64), schedule, ScaleKV(grid=1), 100, page_size=16)
     base = up(4 * ID) + 2 * 128 * 256 + up(100 * ID)
     score = 256 + 256 + up(128 * 4) * 3 + 64  # window, picked; logits, weights, scores; sums
-    choose = up(100 * 4) + 3 * up(100 * ID)
+    choose = up(100 * 4) + up(129 * ID) + 3 * up(100 * ID)  # counted by place; ranks
     commit = up(7 * ID) + 2 * up(100 * ID) + 100 * 256
-    by_torch = up(100 * ID) + WRAPPED_BYTES  # inside a sort
+    by_torch = up(100 * ID) + WRAPPED_BYTES  # inside the check
     shape = made.shape(1, 0, 1)
     assert made.regions(shape).num_bytes == base + max(score + choose, commit)
     assert made.workspace_bytes == base + commit + by_torch
