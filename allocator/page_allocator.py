@@ -39,10 +39,10 @@ class PageAllocator:
         self.num_free = num_pages
         self.high_water = 0
         self._extra_references = 0  # beyond one for each live page
-        self._stack: NDArray[np.intp] = np.arange(num_pages)[::-1].copy()
+        self._stack = np.empty(2 * num_pages, dtype=np.intp)  # above the free ones: ids of a call
+        self._stack[:num_pages] = np.arange(num_pages)[::-1]
         self._references: PageIds = np.arange(-num_pages, 0, dtype=np.int32)
         self._marks: PageIds = np.arange(-1, -1 - 2 * num_pages, -1, dtype=np.int32)  # by place
-        self._ids = np.empty(num_pages, dtype=np.intp)
         self._owners: PageIds = np.empty(num_pages, dtype=np.int32)
         self._found: PageIds = np.empty(num_pages, dtype=np.int32)
 
@@ -93,7 +93,7 @@ class PageAllocator:
             self._extra_references -= int(np.count_nonzero(owners > 1))
             ids = ids[owners == 1]
             self._references[ids] = self._marks[self.num_free : self.num_free + ids.size]
-        self._stack[self.num_free : self.num_free + ids.size] = ids
+            self._stack[self.num_free : self.num_free + ids.size] = ids
         self.num_free += ids.size
         return ids.size
 
@@ -161,21 +161,22 @@ class PageAllocator:
     def _mark(self, pages: ArrayLike) -> tuple[NDArray[np.intp], PageIds]:
         """The ids as a flat index array and their owners; each id in range, live and named once.
 
-        Leaves each entry as if its page lay on top of the free stack: of an id named twice only
-        one mark survives, which is how it is found. The caller writes the entries it wants.
+        Leaves each page on top of the free stack and its entry as if it were free: of an id named
+        twice only one mark survives, which is how it is found. The caller counts those that are
+        free from now on, and writes the entries of the others.
         """
         given = self._known(pages)
         if given.size > self.num_pages:
             raise PageStateError(f"{given.size} ids for {self.num_pages} pages: one is named twice")
-        ids, owners = self._ids[: given.size], self._owners[: given.size]
-        found = self._found[: given.size]
-        marks = self._marks[self.num_free : self.num_free + given.size]
+        top = slice(self.num_free, self.num_free + given.size)
+        ids, marks = self._stack[top], self._marks[top]
+        owners, found = self._owners[: given.size], self._found[: given.size]
         ids[:] = given
-        self._references.take(ids, out=owners, mode="clip")  # in range; "clip" spares a copy
+        self._references.take(ids, out=owners, mode="wrap")  # in range; "wrap" is the fastest
         if owners.min(initial=1) <= 0:
             raise PageStateError(f"page {ids[owners <= 0][0]} is free already; nothing was changed")
         self._references[ids] = marks
-        self._references.take(ids, out=found, mode="clip")
+        self._references.take(ids, out=found, mode="wrap")
         if (found != marks).any():
             self._references[ids] = owners
             raise PageStateError(f"page {ids[found != marks][0]} is named twice in one call")

@@ -53,7 +53,7 @@ def test_ids_must_be_integers():
 def test_the_books_are_as_long_as_the_pool_and_ids_are_int32():
     allocator = PageAllocator(5)
     assert allocator.references([0, 4]).dtype == allocator.allocate(1).dtype == np.int32
-    assert allocator._stack.dtype == np.intp and allocator._stack.size == 5  # it is an index
+    assert allocator._stack.dtype == np.intp and allocator._stack.size == 10  # an index
     for book in (allocator._references, allocator._owners, allocator._found):
         assert book.dtype == np.int32 and book.size == 5
     assert allocator._marks.dtype == np.int32 and allocator._marks.size == 10
