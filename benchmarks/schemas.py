@@ -31,6 +31,7 @@ class Environment(Strict):
     machine: str
     processor: str
     torch_threads: int
+    gomp_spincount: str | None
     device: str
     versions: dict[str, str | None]
 

@@ -182,20 +182,25 @@ def test_a_generation_that_raises_leaks_nothing(var):
         assert torch.equal(draw(var), own)
 
 
-def test_time_of_a_whole_picture(var):
-    """Interleaved pairs; the median ratio counts."""
-    own_attention(var)
-    ratios = []
+def seconds(var):
+    began = time.perf_counter()
     draw(var)
-    with kvruntime.attach(var, "full", 1.0):
-        draw(var)
+    return time.perf_counter() - began
+
+
+def test_time_of_a_whole_picture(var):
+    """Interleaved rounds, the second picture of each attachment; median ratios count."""
+    own_attention(var)
+    policies = {"full": 1.0, "scalekv": 0.10}
+    ratios = {policy: [] for policy in policies}
+    draw(var)
     for _ in range(7):
-        began = time.perf_counter()
-        draw(var)
-        middle = time.perf_counter()
-        with kvruntime.attach(var, "full", 1.0):
-            draw(var)
-        ratios.append((time.perf_counter() - middle) / (middle - began))
-    ratio = statistics.median(ratios)
-    print(f"\nfull / own time: median {ratio:.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
-    assert ratio <= 1.05
+        own = seconds(var)
+        for policy, budget in policies.items():
+            with kvruntime.attach(var, policy, budget):
+                draw(var)
+                ratios[policy].append(seconds(var) / own)
+    for policy, found in ratios.items():
+        median = statistics.median(found)
+        print(f"\n{policy} / own time: median {median:.3f}, {min(found):.3f} to {max(found):.3f}")
+        assert median < 1.1  # 1.00 on a quiet machine
