@@ -78,6 +78,11 @@ class BlockTable:
         """Pages of each lane, int64 [rows, heads]."""
         return self.state[2]
 
+    @property
+    def num_owned(self) -> int:
+        """Pages of all lanes."""
+        return int(self.state[2].sum())
+
     def owned(self) -> PageIds:
         """Every page id of the table, lane by lane."""
         pages, _, num_pages = self.state
@@ -103,20 +108,20 @@ class BlockTable:
         width = int(after.max(initial=0))
         shape = (*old.shape[:2], width)
         common = min(width, old.shape[2])
-        stays = np.zeros(shape, dtype=bool)
+        keeps = np.zeros(shape, dtype=bool)
         if not afresh:
-            stays[:, :, :common] = _used(np.minimum(count, after), common)
+            keeps[:, :, :common] = _used(np.minimum(count, after), common)
         ids = np.zeros(shape, dtype=np.int32)
-        ids[:, :, :common][stays[:, :, :common]] = old[:, :, :common][stays[:, :, :common]]
+        np.copyto(ids[:, :, :common], old[:, :, :common], where=keeps[:, :, :common])
         replaced = np.zeros(shape, dtype=bool)
         if self._allocator.is_sharing:
-            touched = stays if written is None else stays & written[:, :width]
+            touched = keeps if written is None else keeps & written[:, :width]
             replaced[touched] = self._allocator.references(ids[touched]) > 1
-        keeps = np.zeros(old.shape, dtype=bool)
-        keeps[:, :, :common] = (stays & ~replaced)[:, :, :common]
-        dropped = old[_used(count, old.shape[2]) & ~keeps]
-        fresh = _used(np.broadcast_to(after, shape[:2]), width) & ~(stays & ~replaced)
-        return Change(rows, ids, fresh, replaced, dropped, lengths, after)
+            keeps &= ~replaced
+        goes = _used(count, old.shape[2])
+        goes[:, :, :common] &= ~keeps[:, :, :common]
+        fresh = _used(after, width) & ~keeps
+        return Change(rows, ids, fresh, replaced, old[goes], lengths, after)
 
     def commit(self, change: Change) -> tuple[PageIds, PageIds]:
         """Carry the change out: returns (old, new) ids of the shared pages that were replaced.

@@ -58,7 +58,7 @@ class Generation:
         self._tables = [
             BlockTable(pool.allocator, plan.rows, heads) for _ in range(plan.geometry.layers)
         ]
-        self._peak_pages = 0
+        self._live_pages = self._peak_pages = 0  # between steps
         pool.admit(self, self._tables, plan.peak_pages)
 
     @property
@@ -106,7 +106,7 @@ class Generation:
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plan, table = self._runner.plan, self._tables[layer]
-        workspace = self._workspaces.borrow(plan.scratch_bytes)
+        workspace, owned = self._workspaces.borrow(plan.scratch_bytes), table.num_owned
         out, step = None, plan.chunk_rows
         for start in range(0, self._rows, step):
             rows = slice(start, min(start + step, self._rows))
@@ -123,7 +123,8 @@ class Generation:
             out[rows] = part
             del part
         self._workspaces.give_back(workspace)
-        self._peak_pages = max(self._peak_pages, self._live_pages())
+        self._live_pages += table.num_owned - owned
+        self._peak_pages = max(self._peak_pages, self._live_pages)
         assert out is not None
         return out
 
@@ -169,7 +170,7 @@ class Generation:
         self._layer += 1
         if self._layer == plan.geometry.layers:
             kept = int(plan.tokens[self._scale].sum())
-            self._timeline.append(ScaleRecord(self._scale, self._live_pages(), kept))
+            self._timeline.append(ScaleRecord(self._scale, self._live_pages, kept))
             self._scale, self._layer = self._scale + 1, 0
 
     def fork(self) -> Generation:
@@ -186,7 +187,7 @@ class Generation:
             with runner.pool.changing():  # which knows the twin's tables, should this end half way
                 for index, table in enumerate(self._tables):
                     twin._tables[index] = table.share()
-            twin._peak_pages = twin._live_pages()
+            twin._live_pages = twin._peak_pages = self._live_pages
             twin._scale = self._scale
             twin._timeline = list(self._timeline)
         except BaseException:
@@ -213,6 +214,7 @@ class Generation:
                 for table in self._tables:
                     table.keep_rows(kept)
                 pool.reserve(self, plan.peak_pages)
+            self._live_pages = sum(table.num_owned for table in self._tables)
             self._runner = replace(runner, plan=plan)
             self._rows = kept.size
         except BaseException:
@@ -251,9 +253,6 @@ class Generation:
         if on_close is not None:
             on_close(self._runner.pool)
 
-    def _live_pages(self) -> int:
-        return sum(int(table.num_pages.sum()) for table in self._tables)
-
     def __enter__(self) -> Generation:
         return self
 
@@ -279,7 +278,7 @@ class Generation:
             budget_tokens=plan.budget_tokens,
             planned_pages=plan.peak_pages,
             peak_pages=self._peak_pages,
-            live_pages=self._live_pages(),
+            live_pages=sum(table.num_owned for table in self._tables),
             token_bytes=plan.token_bytes,
             page_bytes=plan.page_bytes,
             weight_bytes=plan.weight_bytes,

@@ -72,11 +72,13 @@ def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     torch copies as they are.
     """
     for tensor in tensors:
-        width = 16 // tensor.element_size()
-        offsets = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
-        if tensor.stride(-1) != 1:
+        *strides, last = tensor.stride()
+        if last != 1:
             return tensors
-        if any(offset % width for offset in offsets):
+        offsets = tensor.shape[-1] | int(tensor.storage_offset())
+        for stride in strides:
+            offsets |= stride
+        if offsets % (16 // tensor.element_size()):  # a power of two divides all or not their "or"
             return tuple(part.view(_INTEGERS[part.element_size()]) for part in tensors)
     return tuple(tensor.view(torch.complex128) for tensor in tensors)
 
