@@ -54,7 +54,7 @@ def torch_bytes(regions: Iterable[Region]) -> int:
 
 def part_of(region: Tensor, *shape: int) -> Tensor:
     """The front of a region as a contiguous tensor of this shape."""
-    return region.view(-1)[: math.prod(shape)].view(shape)
+    return region if region.shape == shape else region.view(-1)[: math.prod(shape)].view(shape)
 
 
 def lend(regions: Iterable[Region], device: torch.device) -> dict[str, Tensor]:

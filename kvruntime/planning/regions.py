@@ -127,8 +127,10 @@ def declare(shape: StepShape, policy: Policy) -> StepRegions:
 def _checked_bytes(shape: StepShape) -> int:
     """Bytes for each kept place while a choice is checked (step.choose)."""
     if shape.kind is Kind.FOLD:
-        return 28  # the place and where it is folded, their numbers, three comparisons
-    return 11 if shape.is_ragged else 8
+        return 19  # the place, where that candidate is folded, three comparisons
+    if shape.is_ragged:
+        return 11  # the place, three comparisons
+    return 1 if shape.is_even else 8  # two comparisons; which places are beyond the end
 
 
 def _base(shape: StepShape) -> list[Region]:

@@ -74,12 +74,13 @@ def _check_places(name: str, step: Prepared, keep: Tensor, into: Tensor | None) 
     count, shape = step.shape.candidates, step.shape
     if keep.device.type not in ("cpu", "cuda"):
         return
+    ascends = keep[..., 1:] > keep[..., :-1]
+    if not shape.is_even:
+        ascends |= keep[..., 1:] == count
+    least, most = keep.aminmax()
     facts = {
-        "ascending and distinct": (
-            (keep[..., 1:] > keep[..., :-1]) | (keep[..., 1:] == count)
-        ).all(),
-        "in range": (keep.amin() >= 0)
-        & ((keep < count) | (keep == count) & (not shape.is_even)).all(),
+        "ascending and distinct": ascends.all(),
+        "in range": (least >= 0) & (most < count + (not shape.is_even)),
     }
     if shape.cached and shape.is_ragged:
         gone = step.known.constant(

@@ -269,7 +269,7 @@ def read(pages: Tensor, slots: Tensor, out: Tensor) -> None:
 def write(pages: Tensor, slots: Tensor, new: Tensor) -> None:
     """Put new [*slots.shape, width] at these slots of pages [num_pages, page_size, width]."""
     target, source = wide(pages, new)
-    flat(target)[slots] = source
+    flat(target).index_put_((slots,), source)
 
 
 def flat(pages: Tensor) -> Tensor:
