@@ -79,6 +79,11 @@ class BlockTable:
         return self.state[2]
 
     @property
+    def may_share(self) -> bool:
+        """Whether some page of the pool has more than one owner."""
+        return self._allocator.is_sharing
+
+    @property
     def num_owned(self) -> int:
         """Pages of all lanes."""
         return int(self.state[2].sum())
@@ -114,7 +119,7 @@ class BlockTable:
         ids = np.zeros(shape, dtype=np.int32)
         np.copyto(ids[:, :, :common], old[:, :, :common], where=keeps[:, :, :common])
         replaced = np.zeros(shape, dtype=bool)
-        if self._allocator.is_sharing:
+        if self.may_share:
             touched = keeps if written is None else keeps & written[:, :width]
             replaced[touched] = self._allocator.references(ids[touched]) > 1
             keeps &= ~replaced
@@ -133,15 +138,17 @@ class BlockTable:
         old = ids[change.replaced]
         ids[change.fresh] = self._allocator.exchange(change.dropped, change.num_taken)
         pages, lengths, num_pages = self.state
-        rows, most = change.rows, int(change.num_pages.max(initial=0))
-        new_pages_count, new_lengths = num_pages.copy(), lengths.copy()
-        new_pages_count[rows], new_lengths[rows] = change.num_pages, change.lengths
-        width = max(most, int(new_pages_count.max(initial=0)))
-        table = np.zeros((*pages.shape[:2], width), dtype=np.int32)
-        table[:, :, : min(width, pages.shape[2])] = pages[:, :, :width]
-        table[rows] = 0
-        table[rows, :, :most] = ids
-        self.state = table, new_lengths, new_pages_count
+        new_lengths, new_num_pages = lengths.copy(), num_pages.copy()
+        new_lengths[change.rows], new_num_pages[change.rows] = change.lengths, change.num_pages
+        if ids.shape[0] == pages.shape[0]:
+            table = ids
+        else:
+            width = int(new_num_pages.max(initial=0))
+            table = np.zeros((*pages.shape[:2], width), dtype=np.int32)
+            table[:, :, : pages.shape[2]] = pages[:, :, :width]
+            table[change.rows] = 0
+            table[change.rows, :, : ids.shape[2]] = ids
+        self.state = table, new_lengths, new_num_pages
         return old, ids[change.replaced]
 
     def share(self) -> BlockTable:

@@ -17,7 +17,7 @@ from kvruntime.errors import ScheduleError
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.workspace import Workspaces
 from kvruntime.stats import ScaleRecord, Stats
-from kvruntime.step.run import Runner, run_step
+from kvruntime.step.run import Runner, plainly, run_step
 from kvruntime.storage.pool import Pool
 from policies import TORCH_DTYPES
 
@@ -92,8 +92,7 @@ class Generation:
             with self._guard:
                 self._check_call(layer, q, k, v)
                 self._step = step
-            # a pool that autograd watches would hold every generation; autocast would round scores
-            with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            with plainly(q.device.type):
                 out = self._attend(layer, q, k, v)
             self._advance()
             self._step = None

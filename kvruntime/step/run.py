@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from allocator import BlockTable
@@ -43,6 +45,16 @@ class Runner:
     def pages(self, quantised: bool) -> Pages:
         """The pool's pages as tokens of this plan, or as records."""
         return self.pool.view(self.plan.layout(quantised, self.pool.page_bytes))
+
+
+@contextmanager
+def plainly(device: str) -> Iterator[None]:
+    """A pool that autograd watches would hold every generation; autocast would round scores."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    else:  # entering these takes as long as a small step's attention
+        yield
 
 
 def run_step(
