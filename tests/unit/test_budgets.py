@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -11,7 +12,8 @@ from kvruntime import CacheOptions, PagedKVCache, Pool, WillNeverFit, plan
 from kvruntime.catalogue import find_model
 from kvruntime.planning import choose_policy, make_plan
 from kvruntime.planning.baseline import history_bytes
-from policies import POLICY_NAMES, CacheGeometry, ScaleKV, ScaleSchedule
+from policies import POLICY_NAMES, CacheGeometry, Problem, ScaleKV, ScaleSchedule
+from policies.budgets import capped, split_budget
 from tests.support import schedules
 from tests.unit.test_cache import GEOMETRY, SCHEDULE, draw, make
 
@@ -239,3 +241,16 @@ def test_page_sizes_that_a_budget_chooses(model, policy, budget, page_size, toke
     """Whichever holds most tokens; of equal ones the largest."""
     made = plan(model, 1, policy, budget)
     assert (made.page_size, made.budget_tokens) == (page_size, tokens)
+
+
+def test_a_lane_of_one_token():
+    schedule = ScaleSchedule.of([1, 2, 1])
+    tokens = capped(Problem(GEOMETRY, schedule, 1)).tokens
+    assert (tokens[:-1] == 1).all() and not tokens[-1].any()
+    with pytest.raises(ValueError, match="a budget of 0 tokens of 5 of history keeps none"):
+        capped(Problem(GEOMETRY, schedule, 0))
+
+
+def test_drafters_that_have_less_than_the_budget_leave_it_to_no_one():
+    tokens = split_budget(np.array([2, 9, 9]), frozenset({0}), 5, 4)
+    assert tokens.tolist() == [2, 5, 5] and tokens.dtype == np.int64
