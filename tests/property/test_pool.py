@@ -5,16 +5,8 @@ import gc
 import numpy as np
 import pytest
 import torch
+from hypothesis import stateful
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    multiple,
-    rule,
-)
 
 from allocator import BlockTable, OutOfPages
 from kvruntime import Pool
@@ -45,19 +37,21 @@ class Broken(Exception):
     pass
 
 
-class PoolMachine(RuleBasedStateMachine):
+class PoolMachine(stateful.RuleBasedStateMachine):
     """Tables over one pool, each beside a dense copy of what its lanes hold."""
 
-    owners = Bundle("owners")
+    owners = stateful.Bundle("owners")
 
-    @initialize(num_pages=st.integers(4, 30))
+    @stateful.initialize(num_pages=st.integers(4, 30))
     def start(self, num_pages):
         self.pool = Pool(num_pages=num_pages, page_bytes=2 * HALF, weight_bytes=WEIGHTS)
         for part in (self.pool.keys, self.pool.values, self.pool.weights):
             part.fill_(0xFF)
         self.open_now, self.counter = {}, 0
 
-    @rule(target=owners, rows=st.integers(1, 2), heads=st.integers(1, 2), pages=st.integers(0, 12))
+    @stateful.rule(
+        target=owners, rows=st.integers(1, 2), heads=st.integers(1, 2), pages=st.integers(0, 12)
+    )
     def open(self, rows, heads, pages):
         owner = Owner(self.pool, rows, heads)
         return self.admitted(owner, pages)
@@ -68,7 +62,7 @@ class PoolMachine(RuleBasedStateMachine):
             never = pages > self.pool.num_pages
             with pytest.raises(WillNeverFit if never else OutOfPages):
                 self.pool.admit(owner, owner.tables, pages)
-            return multiple()
+            return stateful.multiple()
         self.pool.admit(owner, owner.tables, pages)
         self.open_now[owner] = pages
         return owner
@@ -80,7 +74,7 @@ class PoolMachine(RuleBasedStateMachine):
         weights = torch.arange(count, dtype=torch.float32) + self.counter % 1001
         return torch.cat((numbers.view(count, 2 * DIM), weights[:, None]), 1)
 
-    @rule(owner=owners, data=st.data(), size=st.sampled_from(SIZES), fails=st.booleans())
+    @stateful.rule(owner=owners, data=st.data(), size=st.sampled_from(SIZES), fails=st.booleans())
     def change(self, owner, data, size, fails):
         """Some rows become longer or shorter, and some of their places are written."""
         if owner not in self.open_now:
@@ -135,20 +129,20 @@ class PoolMachine(RuleBasedStateMachine):
         write(pages.values, slots, new[:, DIM:-1])
         pages.weights[ids[places // size], places % size] = new[:, -1].half()
 
-    @rule(target=owners, owner=owners)
+    @stateful.rule(target=owners, owner=owners)
     def fork(self, owner):
         if owner not in self.open_now:
-            return multiple()
+            return stateful.multiple()
         twin = Owner(self.pool, *owner.table.lengths.shape)
         if self.admitted(twin, self.open_now[owner]) is not twin:
-            return multiple()
+            return stateful.multiple()
         with self.pool.changing():
             twin.tables[0] = owner.table.share()
         twin.dense = [[lane.clone() for lane in row] for row in owner.dense]
         twin.layout = owner.layout
         return twin
 
-    @rule(owner=owners, data=st.data())
+    @stateful.rule(owner=owners, data=st.data())
     def keep_rows(self, owner, data):
         if owner in self.open_now:
             everyone = range(len(owner.dense))
@@ -157,7 +151,7 @@ class PoolMachine(RuleBasedStateMachine):
                 owner.table.keep_rows(np.array(rows))
             owner.dense = [owner.dense[row] for row in rows]
 
-    @rule(owner=owners, pages=st.integers(0, 12))
+    @stateful.rule(owner=owners, pages=st.integers(0, 12))
     def reserve(self, owner, pages):
         """As many as it holds at least, and no more than before."""
         if owner in self.open_now:
@@ -165,7 +159,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.reserve(owner, pages)
             self.open_now[owner] = pages
 
-    @rule(owner=consumes(owners))
+    @stateful.rule(owner=stateful.consumes(owners))
     def dismiss(self, owner):
         if owner in self.open_now:
             self.close(owner)
@@ -176,14 +170,14 @@ class PoolMachine(RuleBasedStateMachine):
         assert not owner.table.owned().size
         del self.open_now[owner]
 
-    @rule()
+    @stateful.rule()
     def fail(self):
         """Whoever changes owners and fails is mended by the next one."""
         with pytest.raises(Broken), self.pool.changing():
             self.pool.allocator.allocate(self.pool.allocator.num_free)
             raise Broken
 
-    @invariant()
+    @stateful.invariant()
     def every_lane_reads_back_what_it_holds(self):
         if not hasattr(self, "pool"):
             return
