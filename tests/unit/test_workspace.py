@@ -240,3 +240,16 @@ def test_more_rows_never_need_less(policy):
     made = made_of(geometry, ScaleSchedule.of([2, 4, 6, 8]), make_policy(policy), 20)
     sizes = [made._step_bytes(rows) for rows in range(1, 40)]
     assert sizes == sorted(sizes)
+
+
+def test_a_workspace_serves_again_where_it_is_large_enough():
+    workspaces = Workspaces(torch.device("meta"))  # not the default device
+    with torch.inference_mode():
+        first = workspaces.borrow(64)
+    assert first.memory.device.type == "meta" and not first.memory.is_inference()
+    workspaces.give_back(first)
+    assert workspaces.borrow(64) is first
+    workspaces.give_back(first)
+    larger = workspaces.borrow(65)
+    assert (larger.memory.numel(), larger.memory.device.type) == (65, "meta")
+    assert workspaces.tensors == []
