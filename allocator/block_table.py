@@ -79,11 +79,6 @@ class BlockTable:
         return self.state[2]
 
     @property
-    def may_share(self) -> bool:
-        """Whether some page of the pool has more than one owner."""
-        return self._allocator.is_sharing
-
-    @property
     def num_owned(self) -> int:
         """Pages of all lanes."""
         return int(self.state[2].sum())
@@ -119,7 +114,7 @@ class BlockTable:
         ids = np.zeros(shape, dtype=np.int32)
         np.copyto(ids[:, :, :common], old[:, :, :common], where=keeps[:, :, :common])
         replaced = np.zeros(shape, dtype=bool)
-        if self.may_share:
+        if self._allocator.is_sharing:
             touched = keeps if written is None else keeps & written[:, :width]
             replaced[touched] = self._allocator.references(ids[touched]) > 1
             keeps &= ~replaced

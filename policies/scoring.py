@@ -49,18 +49,19 @@ def block_scratch(sizes: StepSizes) -> list[Region]:
 
 
 def float32_blocks(
-    tokens: Tensor, scratch: Mapping[str, Tensor], size: int = BLOCK
+    tokens: Tensor, scratch: Mapping[str, Tensor]
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(start, end, tokens [lanes, end - start, head_dim] in float32) over [rows, heads, n,
-    head_dim], ``size`` (at most BLOCK) at a time; a view where the tokens are float32 already.
+    head_dim], BLOCK at a time; a view of all of them where they are float32 already.
     """
     lanes = tokens.flatten(0, 1)
-    for start in range(0, lanes.shape[1], size):
-        end = min(start + size, lanes.shape[1])
+    if lanes.dtype == torch.float32:
+        yield 0, lanes.shape[1], lanes
+        return
+    for start in range(0, lanes.shape[1], BLOCK):
+        end = min(start + BLOCK, lanes.shape[1])
         part = lanes[:, start:end]
-        if part.dtype != torch.float32:
-            part = part_of(scratch["block"], *part.shape).copy_(part)
-        yield start, end, part
+        yield start, end, part_of(scratch["block"], *part.shape).copy_(part)
 
 
 def attention_scratch(sizes: StepSizes, queries: int) -> list[Region]:

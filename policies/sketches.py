@@ -42,16 +42,13 @@ def sketch(candidates: Candidates) -> Tensor:
     """The keys [rows, heads, n, head_dim] less a centre of theirs, in the orthonormal directions
     of ``_directions``, and 1: [lanes, n, sketch_size].
     """
-    keys, scratch = candidates.keys.flatten(0, 1), candidates.scratch
+    keys, scratch = candidates.keys, candidates.scratch
     directions, centre = _directions(candidates)
     turn = directions.transpose(1, 2)
-    sketches = part_of(scratch["sketches"], *keys.shape[:2], 1 + turn.shape[2])
+    sketches = part_of(scratch["sketches"], turn.shape[0], keys.shape[2], 1 + turn.shape[2])
     places = sketches[:, :, :-1]
-    if keys.dtype == torch.float32:
-        torch.bmm(keys, turn, out=places)
-    else:
-        for start, end, block in float32_blocks(candidates.keys, scratch):
-            torch.bmm(block, turn, out=places[:, start:end])
+    for start, end, block in float32_blocks(keys, scratch):
+        torch.bmm(block, turn, out=places[:, start:end])
     places.sub_(torch.bmm(centre, turn, out=scratch["sketched_centre"]))
     sketches[:, :, -1] = 1.0
     return sketches

@@ -47,7 +47,7 @@ def prepare(
         rows,
         after,
         shape.new_page_size,
-        _written_pages(shape, known) if table.may_share else None,
+        _written_pages(shape, known),
         afresh=shape.reads != shape.writes and shape.cached > 0,
     )
     return Prepared(

@@ -189,18 +189,21 @@ def seconds(var):
 
 
 def test_time_of_a_whole_picture(var):
-    """Interleaved rounds, the second picture of each attachment; median ratios count."""
+    """Interleaved rounds; attaching counts, but not the first time. Median ratios count."""
     own_attention(var)
     policies = {"full": 1.0, "scalekv": 0.10}
     ratios = {policy: [] for policy in policies}
-    draw(var)
+    for policy, budget in policies.items():
+        with kvruntime.attach(var, policy, budget):
+            draw(var)
     for _ in range(7):
         own = seconds(var)
         for policy, budget in policies.items():
+            began = time.perf_counter()
             with kvruntime.attach(var, policy, budget):
                 draw(var)
-                ratios[policy].append(seconds(var) / own)
+            ratios[policy].append((time.perf_counter() - began) / own)
     for policy, found in ratios.items():
         median = statistics.median(found)
         print(f"\n{policy} / own time: median {median:.3f}, {min(found):.3f} to {max(found):.3f}")
-        assert median < 1.1  # 1.00 on a quiet machine
+        assert median <= 1.05

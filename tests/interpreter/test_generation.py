@@ -82,7 +82,8 @@ def test_the_hand_over_at_any_scale(unsplit, num_queries, start):
     check_generation(case, case.cache(), 1e-2)
 
 
-CLOSE = 5e-4  # nats: float16 rounds, and what is nearly as good is kept in place of another token
+CLOSE = 2e-4  # nats: float16 rounds, and what is nearly as good is kept in place of another token
+OF_EIGHT = 5e-4  # where eight centroids are all there is, one kept for another changes more
 
 
 class Enough(Exception):
@@ -148,7 +149,7 @@ def test_the_bundled_model_draws_the_same_through_the_kernel(unsplit, scales, po
     for ours, theirs, ours_noised, own in zip(
         drawn["xformers"][0], drawn["sdpa"][0], drawn["xformers"][1], codes, strict=True
     ):
-        assert kl_nats([ours], [theirs]) < CLOSE
+        assert kl_nats([ours], [theirs]) < (OF_EIGHT if options.get("budget") == 8 else CLOSE)
         best = ours_noised.topk(2, dim=-1)
         differs = best.indices[..., 0] != own
         assert (best.values[..., 0] - best.values[..., 1])[differs].lt(0.1).all(), "no tie"
