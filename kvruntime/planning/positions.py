@@ -119,6 +119,7 @@ class Positions:
         cached, fresh, most = int(before.max()), end - start, int(after.max())
         is_even = bool((before == cached).all() and (after == most).all())
         drops = bool((after < before + fresh).any())
+        candidates = _with_fresh(numbers, start, end)
         if most == 0:
             return KnownStep(np.empty((after.size, 0), dtype=np.int64), None), numbers[:, :0]
         if not drops:
@@ -126,8 +127,7 @@ class Positions:
         elif self._policy.needs.content:
             return KnownStep(None, None), numbers
         else:
-            keep = self._select(scale, layer, before, after, numbers, is_even)
-        candidates = _with_fresh(numbers, cached, start, end)
+            keep = self._select(scale, layer, candidates, after, is_even)
         alike = bool((keep == keep[:1]).all()) and is_even
         shift = _shift(keep[0], cached) if alike and not handed_over else None
         if shift is not None:
@@ -152,15 +152,12 @@ class Positions:
         self,
         scale: int,
         layer: int,
-        before: Places,
+        candidates: Places,
         after: Places,
-        numbers: Places,
         is_even: bool,
     ) -> Places:
         """The policy's choice by token numbers, checked: [heads, m], or [1, m] for all alike."""
-        start, end = self._problem.schedule.span(scale)
-        candidates = _with_fresh(numbers, int(before.max()), start, end)
-        heads = 1 if is_even and len(numbers) == 1 else after.size
+        heads = 1 if is_even and len(candidates) == 1 else after.size
         keep = after[:heads]
         positions = np.broadcast_to(candidates, (heads, candidates.shape[1]))
         empty = self._empty
@@ -216,10 +213,10 @@ def _append(before: Places, fresh: int) -> Places:
     return np.where(place < before[:, None] + fresh, mine, cached + fresh)
 
 
-def _with_fresh(numbers: Places, cached: int, start: int, end: int) -> Places:
+def _with_fresh(numbers: Places, start: int, end: int) -> Places:
     """Token numbers of all candidates, [1 or heads, cached + fresh]."""
     fresh = np.broadcast_to(np.arange(start, end), (len(numbers), end - start))
-    return np.concatenate([numbers[:, :cached], fresh], axis=1)
+    return np.concatenate([numbers, fresh], axis=1)
 
 
 def _shift(keep: Places, cached: int) -> Shift:

@@ -249,6 +249,9 @@ def test_a_lane_of_one_token():
     assert (tokens[:-1] == 1).all() and not tokens[-1].any()
     with pytest.raises(ValueError, match="a budget of 0 tokens of 5 of history keeps none"):
         capped(Problem(GEOMETRY, schedule, 0))
+    one = plan("emoji64", 1, "sliding_window", 1, page_size=1)
+    asked = plan("emoji64", 1, "sliding_window", f"{one.page_bytes // 1024}KiB", page_size=1)
+    assert (asked.budget_tokens, asked.page_bytes) == (1, one.page_bytes)
 
 
 def test_drafters_that_have_less_than_the_budget_leave_it_to_no_one():

@@ -41,6 +41,11 @@ class Aged:
         return np.where(positions < 0, -1, mixed)
 
     def select(self, candidates):
+        assert not any(t.numel() for t in (candidates.queries, candidates.keys, candidates.values))
+        assert candidates.log_weights is None and candidates.softmax_scale == 1.0
+        own = self.tokens[candidates.scale, candidates.layer]
+        assert np.array_equal(candidates.keep, own[: candidates.keep.size])
+        assert candidates.scratch == {}
         self.seen.append((candidates.scale, candidates.layer, candidates.positions.clone()))
         ranks, keep = self.rank(candidates), candidates.keep
         most, count = int(keep.max()), ranks.shape[1]
