@@ -23,7 +23,8 @@ from kvruntime.storage.layout import (
     exact_page_size,
     stored_bytes,
 )
-from kvruntime.storage.pool import Pages, Pool
+from kvruntime.storage.pages import Pages
+from kvruntime.storage.pool import Pool
 from kvruntime.storage.records import dequantize, quantize
 from policies import TORCH_DTYPES, CacheGeometry
 

@@ -26,7 +26,7 @@ from kvruntime.planning import max_rows, plan
 from kvruntime.reference import load_model
 from kvruntime.storage.layout import RecordFormat
 from kvruntime.storage.memory import free_bytes
-from kvruntime.storage.pool import Pages
+from kvruntime.storage.pages import Pages
 from policies import TORCH_DTYPES, CacheGeometry
 
 PLAN_FOR_A_CPU = find_model("emoji64").with_dtypes("float16", "float16")

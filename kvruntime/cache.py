@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,13 @@ class PagedKVCache:
                 f"options must be CacheOptions, got {options!r}: for a policy by name write "
                 "CacheOptions(policy=...)"
             )
+        for name, value, kind in (
+            ("geometry", geometry, CacheGeometry),
+            ("schedule", schedule, ScaleSchedule),
+            ("pool", pool, Pool | None),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} must be a {kind}, got {value!r}")
         if geometry.key_dtype != geometry.value_dtype:
             raise ValueError(
                 f"attention wants K and V in one dtype, got {geometry.key_dtype} and "
@@ -101,13 +109,16 @@ class PagedKVCache:
 
     def plan(self, rows: int) -> Plan:
         """What a generation of ``rows`` rows needs."""
-        budget = self.options.budget
-        if isinstance(budget, str) and not budget.strip().endswith("%"):
+        if self.options.is_shared_by_rows:
             check_positive("rows", rows)
             if rows not in self._plans:  # bytes of a generation: more rows, fewer tokens
                 self._plans[rows] = self._make_plan(rows)
             return self._plans[rows].for_rows(rows)
         return self._row_plan.for_rows(rows)
+
+    def _plan_for(self) -> Callable[[int], Plan] | None:
+        """As ``max_rows`` wants it."""
+        return self.plan if self.options.is_shared_by_rows else None
 
     def _make_plan(self, rows: int) -> Plan:
         return make_plan(
@@ -131,7 +142,7 @@ class PagedKVCache:
         plan = self.plan(rows)
         if self.options.memory is not None:
             assert isinstance(self.options.memory, int), "CacheOptions parses it"
-            require(plan, self.options.memory)
+            require(plan, self.options.memory, plan_for=self._plan_for())
         pool, on_close = self._pool, None
         if pool is None:
             pool, on_close = self._own_pool(plan), self._take_back
@@ -161,7 +172,8 @@ class PagedKVCache:
         )
 
     def _take_back(self, pool: Pool) -> None:
-        self._idle_pools[:] = [pool]
+        if pool.is_idle:  # else a fork still draws
+            self._idle_pools[:] = [pool]
 
     def let_go(self) -> None:
         """Free what is kept between generations: the pool, unless it is shared, and the

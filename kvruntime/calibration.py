@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kvruntime.adapters import attach, view
 from kvruntime.reference import FOLDER, load_model
+from kvruntime.sizes import check_positive
 from policies import Profile, ScaleSchedule
 
 _BLOCK_NUMBERS = 2**24  # most attention weights held at a time: 64 MiB in float32
@@ -34,6 +35,9 @@ def calibrate(
     """
     if not 0.0 < top_share <= 1.0:
         raise ValueError(f"top_share must be in (0, 1], got {top_share}")
+    check_positive("pictures", pictures)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must say which model it is, got {name!r}")
     seen = view(model)
     statistics = _Statistics(seen.schedule, len(seen.attentions), seen.softmax_scale, top_share)
     with attach(model, "full", 1.0, observer=statistics):

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from allocator import BlockTable
+from kvruntime.arguments import check_tensors, refuse_transposed, row_numbers
 from kvruntime.errors import ScheduleError
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.workspace import Workspaces
@@ -43,7 +45,8 @@ class Generation:
         on_close: Callable[[Pool], None] | None = None,
     ) -> None:
         plan = runner.plan
-        self._runner = runner
+        self._runner: Runner | None = runner  # None once closed: it holds the pool
+        self._plan, self._device = plan, runner.pool.device
         self._workspaces = workspaces
         self._facts = facts
         self._on_close = on_close
@@ -77,7 +80,7 @@ class Generation:
 
     @property
     def plan(self) -> Plan:
-        return self._runner.plan
+        return self._plan
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one layer at the current scale, then compression of that layer's cache.
@@ -104,13 +107,14 @@ class Generation:
             raise
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        plan, table = self._runner.plan, self._tables[layer]
+        plan, table, runner = self._plan, self._tables[layer], self._runner
+        assert runner is not None
         workspace, owned = self._workspaces.borrow(plan.scratch_bytes), table.num_owned
         out, step = None, plan.chunk_rows
         for start in range(0, self._rows, step):
             rows = slice(start, min(start + step, self._rows))
             part, from_pages = run_step(
-                self._runner, workspace, table, self._scale, layer, rows, q[rows], k[rows], v[rows]
+                runner, workspace, table, self._scale, layer, rows, q[rows], k[rows], v[rows]
             )
             self._page_steps += from_pages
             self._gather_steps += not from_pages
@@ -129,7 +133,7 @@ class Generation:
 
     def _check_call(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise unless this call is the next one of the schedule."""
-        geometry, schedule = self._runner.plan.geometry, self._runner.plan.schedule
+        geometry, schedule = self._plan.geometry, self._plan.schedule
         if not self._is_open:
             raise ScheduleError("this generation is closed: open(rows) starts another")
         if self._step is not None:
@@ -144,7 +148,9 @@ class Generation:
         tokens, heads, dim = schedule.tokens[self._scale], geometry.heads, geometry.head_dim
         shape = (self._rows, tokens, heads, dim)
         for name, part in (("q", q), ("k", k), ("v", v)):
-            _refuse_transposed(name, part, shape)
+            refuse_transposed(name, part, shape)
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            raise ValueError(f"layer must be an int, got {layer!r}")
         wanted = (self._layer, self._rows, tokens)
         if (layer, q.shape[0], q.shape[1]) != wanted:
             raise ScheduleError(
@@ -152,20 +158,14 @@ class Generation:
                 f"of {wanted[2]} tokens, "
                 f"got layer {layer} with {q.shape[0]} rows of {q.shape[1]}"
             )
-        dtype = TORCH_DTYPES[geometry.key_dtype]
+        check_tensors(q, k, v, shape, TORCH_DTYPES[geometry.key_dtype])
         for name, part in (("q", q), ("k", k), ("v", v)):
-            if part.shape != shape or part.dtype != dtype:
-                raise ValueError(
-                    f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}"
-                )
-            if part.device != self._runner.pool.device:
-                raise ValueError(
-                    f"{name} is on {part.device}, the pool on {self._runner.pool.device}"
-                )
+            if part.device != self._device:
+                raise ValueError(f"{name} is on {part.device}, the pool on {self._device}")
 
     def _advance(self) -> None:
         """This layer is served; after the last one the scale is."""
-        plan = self._runner.plan
+        plan = self._plan
         self._layer += 1
         if self._layer == plan.geometry.layers:
             kept = int(plan.tokens[self._scale].sum())
@@ -180,12 +180,11 @@ class Generation:
         the pool has not that many to promise. Give it a pool with room: ``PagedKVCache(pool=...)``.
         """
         self._check_boundary("fork")
-        runner = replace(self._runner, plan=self._runner.plan.for_rows(self._rows))
-        twin = Generation(runner, self._workspaces, self._facts)
+        assert self._runner is not None
+        runner = replace(self._runner, plan=self._plan.for_rows(self._rows))
+        twin = Generation(runner, self._workspaces, self._facts, self._on_close)
         try:
-            with runner.pool.changing():  # which knows the twin's tables, should this end half way
-                for index, table in enumerate(self._tables):
-                    twin._tables[index] = table.share()
+            self._share_with(twin, runner.pool)
             twin._live_pages = twin._peak_pages = self._live_pages
             twin._scale = self._scale
             twin._timeline = list(self._timeline)
@@ -194,31 +193,36 @@ class Generation:
             raise
         return twin
 
-    def keep_rows(self, rows: int | Sequence[int]) -> None:
+    def _share_with(self, twin: Generation, pool: Pool) -> None:
+        with pool.changing():  # which knows the twin's tables, should this end half way
+            for index, table in enumerate(self._tables):
+                twin._tables[index] = table.share()
+
+    def keep_rows(self, rows: int | Sequence[int] | NDArray[Any] | Tensor) -> None:
         """Go on with these rows alone, renumbered in the order given; the others' pages go back. An
         int keeps the first ones. Only between scales, for samplers that drop the guidance rows.
+
+        Raises ValueError for anything but distinct row numbers, masks among it.
         """
         self._check_boundary("keep_rows")
-        if isinstance(rows, int):
-            rows = range(rows)
-        kept = np.array(list(rows), dtype=np.int64)
-        if not kept.size or kept.min() < 0 or kept.max() >= self._rows:
-            raise ValueError(f"rows must be some of 0..{self._rows - 1}, got {kept.tolist()}")
-        if np.unique(kept).size != kept.size:
-            raise ValueError(f"rows must be distinct, got {kept.tolist()}")
+        kept = row_numbers(rows, self._rows)
+        assert self._runner is not None
         runner, pool = self._runner, self._runner.pool
-        plan = runner.plan.for_rows(kept.size)
+        plan = self._plan.for_rows(kept.size)
         try:
-            with pool.changing():
-                for table in self._tables:
-                    table.keep_rows(kept)
-                pool.reserve(self, plan.peak_pages)
+            self._thin(kept, pool, plan)
             self._live_pages = sum(table.num_owned for table in self._tables)
-            self._runner = replace(runner, plan=plan)
+            self._runner, self._plan = replace(runner, plan=plan), plan
             self._rows = kept.size
         except BaseException:
             self._end()
             raise
+
+    def _thin(self, kept: NDArray[np.int64], pool: Pool, plan: Plan) -> None:
+        with pool.changing():
+            for table in self._tables:
+                table.keep_rows(kept)
+            pool.reserve(self, plan.peak_pages)
 
     def _check_boundary(self, what: str) -> None:
         if not self._is_open:
@@ -228,7 +232,7 @@ class Generation:
         if self._layer:
             raise ScheduleError(
                 f"{what} goes between scales: scale {self._scale} has served {self._layer} of "
-                f"{self._runner.plan.geometry.layers} layers"
+                f"{self._plan.geometry.layers} layers"
             )
 
     def close(self) -> None:
@@ -246,11 +250,15 @@ class Generation:
             raise
 
     def _let_go(self) -> None:
-        self._runner.pool.dismiss(self)
+        if self._runner is None:
+            return
+        pool = self._runner.pool
+        pool.dismiss(self)
         on_close, self._on_close = self._on_close, None
         self._is_open = False
         if on_close is not None:
-            on_close(self._runner.pool)
+            on_close(pool)
+        self._runner = None
 
     def __enter__(self) -> Generation:
         return self
@@ -265,7 +273,7 @@ class Generation:
 
     @property
     def stats(self) -> Stats:
-        plan = self._runner.plan
+        plan = self._plan
         baseline = plan.baseline_bytes()
         return Stats(
             **self._facts,
@@ -285,14 +293,4 @@ class Generation:
             baseline_bytes=baseline["all_scales_bytes"],
             history_bytes=baseline["history_bytes"],
             timeline=tuple(self._timeline),
-        )
-
-
-def _refuse_transposed(name: str, part: Tensor, shape: tuple[int, int, int, int]) -> None:
-    """Raise ValueError for [rows, heads, n, head_dim] where it can be told from ``shape``."""
-    rows, tokens, heads, dim = shape
-    if tuple(part.shape) == (rows, heads, tokens, dim) and tokens != heads:
-        raise ValueError(
-            f"{name} is {tuple(part.shape)}: it looks transposed, [rows, heads, n, head_dim]; pass "
-            f"[rows, n, heads, head_dim], here {shape}"
         )

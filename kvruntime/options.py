@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from kvruntime.catalogue import profile_names
 from kvruntime.sizes import check_positive, parse_bytes, parse_share
 from kvruntime.storage.layout import RecordFormat
@@ -73,11 +75,16 @@ class CacheOptions:
     workspace: int | str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("budget", "page_size", "kv_start", "paged_queries", "memory", "workspace"):
+            value = getattr(self, name)
+            if isinstance(value, np.integer | np.floating):
+                object.__setattr__(self, name, value.item())
         check_budget(self.budget)
+        _check_policy(self.policy, self.profile)
         for name in ("memory", "workspace"):
             value = getattr(self, name)
             if isinstance(value, str):
-                object.__setattr__(self, name, parse_bytes(value))
+                object.__setattr__(self, name, parse_bytes(value, name))
             elif value is not None and (
                 isinstance(value, bool) or not isinstance(value, int) or value <= 0
             ):
@@ -96,12 +103,13 @@ class CacheOptions:
         paged = self.paged_queries
         if isinstance(paged, bool) or not isinstance(paged, int) or paged < 0:
             raise ValueError(f"paged_queries must be a number of queries, got {paged!r}")
-        if not isinstance(self.policy, str) and self.profile is not None:
-            raise ValueError(
-                f"{self.policy.name} is an object with roles of its own: give no profile"
-            )
         if isinstance(self.profile, str | Path):
             object.__setattr__(self, "profile", _read_profile(self.profile))
+
+    @property
+    def is_shared_by_rows(self) -> bool:
+        """Whether the budget is one of a generation, so that more rows have fewer tokens each."""
+        return isinstance(self.budget, str) and parse_share(self.budget) is None
 
     @property
     def records(self) -> RecordFormat | None:
@@ -111,6 +119,23 @@ class CacheOptions:
                 raise ValueError(f"kv_groups {self.kv_groups} goes with a kv_dtype")
             return None
         return RecordFormat.named(self.kv_dtype, self.kv_groups)
+
+
+def _check_policy(policy: str | Policy, profile: object) -> None:
+    """Raise ValueError for what is neither a name nor a policy, and for a profile that does not go
+    with it.
+    """
+    if profile is not None and not isinstance(profile, Profile | str | Path):
+        raise ValueError(f"profile must be a file or a Profile, got {profile!r}")
+    if isinstance(policy, str):
+        return
+    parts = ("name", "needs", "allocate", "scratch", "select")
+    if isinstance(policy, type) or not all(hasattr(policy, part) for part in parts):
+        raise ValueError(
+            f"policy must be a name or an object with {', '.join(parts)}, got {policy!r}"
+        )
+    if profile is not None:
+        raise ValueError(f"{policy.name} is an object with roles of its own: give no profile")
 
 
 def _read_profile(path: str | Path) -> Profile:

@@ -15,14 +15,14 @@ _UNITS = {
 MOST_BYTES = 2**60
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of 80GiB, 512 MiB, 2GB or a plain number. Raises ValueError."""
+def parse_bytes(text: str, name: str = "memory") -> int:
+    """Bytes of 80GiB, 512 MiB, 2GB or a plain number. Raises ValueError that names ``name``."""
     match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:
-        raise ValueError(f"memory must be a size such as 80GiB or 512MiB, got {text[:40]!r}")
+        raise ValueError(f"{name} must be a size such as 80GiB or 512MiB, got {text[:40]!r}")
     size = int(float(match[1]) * _UNITS[match[2].upper()])
     if not 0 < size <= MOST_BYTES:
-        raise ValueError(f"memory must be positive and at most {MOST_BYTES} bytes, got {text!r}")
+        raise ValueError(f"{name} must be positive and at most {MOST_BYTES} bytes, got {text!r}")
     return size
 
 

@@ -41,7 +41,7 @@ class AMSKV:
 
     def capacities(self, layers: int, budget: int) -> NDArray[np.int64]:
         """Most tokens each layer holds, [layers]; their mean is at most ``budget``."""
-        if any(layer >= layers for layer in self.demanding):
+        if any(not 0 <= layer < layers for layer in self.demanding):
             raise ValueError(f"a demanding layer is not one of the {layers} layers of this model")
         count = len(self.demanding)
         if count in (0, layers):

@@ -82,7 +82,7 @@ class ScaleKV:
         )
         if budget < self.window:
             raise ValueError(f"budget {budget} is below the window of {self.window} tokens")
-        if any(layer >= layers for roles in self.drafters for layer in roles):
+        if any(not 0 <= layer < layers for roles in self.drafters for layer in roles):
             raise ValueError(f"a drafter is not one of the {layers} layers of this model")
         tokens = np.zeros((len(schedule), layers), dtype=np.int64)
         held = np.zeros(layers, dtype=np.int64)
@@ -110,8 +110,10 @@ class ScaleKV:
         return split_budget(room, drafters, budget, floor)
 
     def scratch(self, sizes: StepSizes) -> list[Region]:
-        lanes = (sizes.rows, sizes.heads, sizes.candidates)
-        pooled = [Region("torch: pool", lanes, "float32", by_torch=True)] * (self.pool > 1)
+        scores = sizes.rows * sizes.heads * sizes.candidates
+        pooled = []
+        if self.pool > 1:  # the pooled scores, and the window's places as int64
+            pooled = [Region("torch: pool", (scores + 2 * self.window,), "float32", by_torch=True)]
         return [*attention_scratch(sizes, self.window), *best_scratch(sizes), *pooled]
 
     def select(self, candidates: Candidates) -> Selection:

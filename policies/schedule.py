@@ -29,8 +29,12 @@ class ScaleSchedule:
         if not self.sizes:
             raise ValueError("a schedule needs at least one scale")
         for size in self.sizes:
-            if len(size) not in (2, 3) or any(not isinstance(n, int) or n <= 0 for n in size):
-                raise ValueError(f"a scale is 2 or 3 positive integers, got {size}")
+            if (
+                not isinstance(size, tuple)
+                or len(size) not in (2, 3)
+                or not all(isinstance(n, int) and n > 0 for n in size)
+            ):
+                raise ValueError(f"a scale is a tuple of 2 or 3 positive integers, got {size!r}")
 
     @classmethod
     def of(cls, sizes: Iterable[Any]) -> ScaleSchedule:

@@ -89,7 +89,8 @@ def attention_received(candidates: Candidates, centres: Tensor) -> Tensor:
     rows, heads, count, head_dim = keys.shape
     lanes, queries = rows * heads, centres.numel()
     picked = part_of(scratch["picked"], rows, queries, heads, head_dim)
-    torch.index_select(candidates.queries, 1, centres, out=picked)
+    # index_select would copy all queries first where they are a view of q, k and v together
+    torch.ops.aten.index.Tensor_out(candidates.queries, [None, centres], out=picked)
     window = part_of(scratch["window"], lanes, queries, head_dim)
     window.view(rows, heads, queries, head_dim).copy_(picked.transpose(1, 2))
     window.mul_(candidates.softmax_scale)

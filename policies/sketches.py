@@ -84,7 +84,8 @@ def _directions(candidates: Candidates) -> tuple[Tensor, Tensor]:
     mixtures = part_of(scratch["mixtures"], *sample.shape[:2], turn.shape[2])
     torch.bmm(sample, turn, out=mixtures)
     mixed, directions = scratch["directions"]
-    overlaps, factor = scratch["overlaps"]
+    overlaps, by_columns = scratch["overlaps"]
+    factor = by_columns.transpose(1, 2)  # else LAPACK's result is copied
     torch.bmm(mixtures.transpose(1, 2), sample, out=mixed)
     torch.bmm(mixed, mixed.transpose(1, 2), out=overlaps)
     diagonal = overlaps.diagonal(dim1=1, dim2=2)

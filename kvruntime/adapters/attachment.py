@@ -47,7 +47,7 @@ class Attachment:
         self._stats: Stats | None = None
         self._is_attached = True
         self._lock = threading.RLock()  # whose owner draws
-        self._thread: int | None = None  # whose generation is open
+        self._thread: threading.Thread | None = None  # whose generation is open
 
     def is_attached(self) -> bool:
         """Whether the model's calls still come here."""
@@ -84,7 +84,7 @@ class Attachment:
             self._made_for = (v.dtype, v.device)
         self._generation = None
         self._generation = self._cache.open(rows)
-        self._thread = threading.get_ident()
+        self._thread = threading.current_thread()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -92,7 +92,8 @@ class Attachment:
         open_elsewhere = (
             self._generation is not None
             and self._generation.is_open
-            and self._thread != threading.get_ident()
+            and self._thread not in (None, threading.current_thread())
+            and self._thread.is_alive()
         )
         if open_elsewhere or not self._lock.acquire(blocking=False):
             raise ScheduleError(

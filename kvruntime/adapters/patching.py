@@ -72,8 +72,8 @@ class Serving(Protocol):
 
 
 class Patch:
-    """A method of one module instance, and the one it stands for. A deepcopy of the model gets the
-    latter, bound to the copy.
+    """A method of one module instance, and the one it stands for. A copy of the model, also a
+    pickled one, gets the latter, bound to the copy.
     """
 
     def __init__(self, original: Callable[..., Any], call: Callable[..., Any]) -> None:
@@ -85,6 +85,13 @@ class Patch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self._original, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self._original,)
+
+
+def _same(original: Callable[..., Any]) -> Callable[..., Any]:
+    return original
 
 
 class _Patches:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kvruntime.storage.pool import Pages
+from kvruntime.storage.pages import Pages
 
 TESTED_VERSIONS = "tested with xformers 0.0.35 and triton 3.7.1: pip install 'kvruntime[xformers]'"
 

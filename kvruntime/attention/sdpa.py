@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvruntime.attention.base import Lanes
-from kvruntime.storage.pool import Pages
+from kvruntime.storage.pages import Pages
 
 
 class SDPA:

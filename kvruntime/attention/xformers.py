@@ -26,7 +26,7 @@ from kvruntime.attention.operators import (
 )
 from kvruntime.planning.demand import Plan
 from kvruntime.storage.layout import RecordFormat
-from kvruntime.storage.pool import Pages, flat
+from kvruntime.storage.pages import Pages, flat
 from kvruntime.storage.records import quantize
 
 _LEAST_GROUP = 16  # numbers of a group: less is too short for a matrix product on the device

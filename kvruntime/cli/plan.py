@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +23,9 @@ from kvruntime.cli.common import (
     parse_budget,
     print_json,
 )
-from kvruntime.planning import Plan, max_rows, plan, require
-from kvruntime.sizes import parse_bytes
+from kvruntime.options import CacheOptions
+from kvruntime.planning import Plan, max_rows, planner, require
+from kvruntime.sizes import check_positive, parse_bytes
 from policies import AMSKV, DTYPE_BYTES, Policy, ScaleKV
 
 
@@ -58,29 +60,31 @@ def plan_command(
     """Say how much memory a generation needs and how many rows fit, without running it."""
     with exit_codes():
         known = find_model(model, resolution, aspect).with_dtypes(key_dtype, value_dtype)
-        made = plan(
-            known,
-            batch,
+        options = CacheOptions(
             policy,
             parse_budget(budget),
-            profile=profile,
+            profile,
             page_size=page_size,
             kv_dtype=kv_dtype,
             kv_groups=kv_groups,
             kv_start=kv_start,
         )
+        check_positive("batch", batch)
+        plan_for = planner(known, options)
+        made = plan_for(batch * known.rows_per_picture)
+        by_rows = plan_for if options.is_shared_by_rows else None
         room = None
         if memory is not None:
             room = parse_bytes(memory) - _reserved_bytes(reserved)
         elif reserved is not None:
             raise ValueError("--reserved goes with --memory")
-        result = plan_report(known.name, made, room)
+        result = plan_report(known.name, made, room, by_rows)
         if as_json:
             print_json(result)
         else:
             _print_plan(result, known.rows_per_picture)
         if room is not None:
-            require(made, room)
+            require(made, room, plan_for=by_rows)
 
 
 def _reserved_bytes(text: str | None) -> int:
@@ -95,7 +99,9 @@ def _roles(policy: Policy) -> str:
     return "profile" if isinstance(policy, AMSKV) and policy.demanding else "none"
 
 
-def plan_report(model: str, made: Plan, room: int | None) -> dict[str, Any]:
+def plan_report(
+    model: str, made: Plan, room: int | None, plan_for: Callable[[int], Plan] | None = None
+) -> dict[str, Any]:
     """The JSON of ``kvruntime plan``."""
     report: dict[str, Any] = {
         "version": 1,
@@ -119,7 +125,7 @@ def plan_report(model: str, made: Plan, room: int | None) -> dict[str, Any]:
     }
     if room is not None:
         report["memory_bytes"] = room
-        report["max_rows"] = max_rows(made, room)
+        report["max_rows"] = max_rows(made, room, plan_for=plan_for)
     return report
 
 

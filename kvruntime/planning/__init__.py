@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from kvruntime.catalogue import Model, find_model
 from kvruntime.options import CacheOptions
 from kvruntime.planning.demand import WORKSPACE_LIMIT, Plan
-from kvruntime.planning.fit import make_plan, max_rows, require
+from kvruntime.planning.fit import make_plan
 from kvruntime.planning.roles import choose_policy
+from kvruntime.planning.rows import max_rows, require
 from kvruntime.sizes import parse_bytes
 from policies import Policy
 
@@ -34,14 +36,21 @@ def plan(
     known = find_model(model) if isinstance(model, str) else model
     if isinstance(batch, bool) or not isinstance(batch, int) or batch <= 0:
         raise ValueError(f"batch must be a positive integer, got {batch!r}")
+    if isinstance(reserved, bool) or not isinstance(reserved, int) or reserved < 0:
+        raise ValueError(f"reserved must be a number of bytes, got {reserved!r}")
     chosen = CacheOptions(policy=policy, budget=budget, **options)
-    made_by, _ = choose_policy(chosen, known.geometry, known.schedule)
-    rows = batch * known.rows_per_picture
-    made = make_plan(known.geometry, known.schedule, made_by, chosen, rows)
+    plan_for = planner(known, chosen)
+    made = plan_for(batch * known.rows_per_picture)
     if memory is not None:
         size = parse_bytes(memory) if isinstance(memory, str) else memory
-        require(made, size, reserved)
+        require(made, size, reserved, plan_for if chosen.is_shared_by_rows else None)
     return made
+
+
+def planner(model: Model, options: CacheOptions) -> Callable[[int], Plan]:
+    """What so many rows of a catalogue model need with these options."""
+    policy, _ = choose_policy(options, model.geometry, model.schedule)
+    return lambda rows: make_plan(model.geometry, model.schedule, policy, options, rows)
 
 
 __all__ = [
@@ -51,5 +60,6 @@ __all__ = [
     "make_plan",
     "max_rows",
     "plan",
+    "planner",
     "require",
 ]

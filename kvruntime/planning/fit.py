@@ -1,4 +1,4 @@
-"""From options to a plan, budgets in bytes included; how many rows fit, and what to change."""
+"""From options to a plan, budgets in bytes included."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from kvruntime.sizes import check_positive, largest, parse_bytes, parse_share
 from kvruntime.storage.layout import (
     MOST_QUANTISED_TOKENS,
     WEIGHT_BYTES,
+    PageLayout,
     RecordFormat,
     exact_page_size,
     fitting_page_size,
@@ -30,8 +31,6 @@ from policies import (
     ScaleSchedule,
     check_allocation,
 )
-
-MAX_ROWS = 2**20  # no search goes beyond; a schedule of one scale caches nothing
 
 
 def default_page_size(schedule: ScaleSchedule) -> int:
@@ -54,7 +53,9 @@ def make_plan(
 
     page_bytes, weight_bytes: of the pages of a pool that is there already; None: pages as the
     options want them.
-    A budget in bytes is solved for the most tokens whose pages, at the peak, take no more.
+    A budget in bytes is solved for the most tokens whose pages, at the peak, take no more, by
+    bisection: where a few more tokens need fewer pages (a format that begins earlier), those may be
+    missed.
     Raises ValueError for options that do not fit this model, and WillNeverFit for a budget in bytes
     that not even the smallest allocation keeps to.
     """
@@ -106,14 +107,44 @@ def _page_sizes(
     if options.page_size is not None:
         return [options.page_size]
     if page_bytes is not None:
-        stored = stored_bytes(geometry, options.records) // 2
-        return [min(fitting_page_size(page_bytes // 2, stored), MOST_QUANTISED_TOKENS)]
+        return [_in_pages(geometry, options.records, page_bytes)]
     size = default_page_size(schedule)
     if not isinstance(options.budget, str):
         return [size]
     # half-empty pages cost most where lanes are short; long ones keep what the paged kernel reads
     sizes = range(4, 25) if size < 64 else range(16, 65, 16)
     return [size for size in sizes if _holds_exact_tokens(geometry, options, size)]
+
+
+def _in_pages(geometry: CacheGeometry, records: RecordFormat | None, page_bytes: int) -> int:
+    """Tokens of a pool's pages, once they are quantised (if they ever are)."""
+    stored, unit = stored_bytes(geometry, records) // 2, 4 if records else _unit_bytes(geometry)
+    size = fitting_page_size(page_bytes // 2, stored, unit)
+    if records is not None:
+        size = min(size, MOST_QUANTISED_TOKENS)
+    while page_bytes // 2 % (size * unit):
+        size -= 1
+    return size
+
+
+def _exact_in_pages(
+    geometry: CacheGeometry, records: RecordFormat | None, page_size: int, page_bytes: int
+) -> int:
+    """Exact tokens in a pool's pages that hold ``page_size`` tokens in the end. Raises ValueError
+    where one or the other does not fit.
+    """
+    half, unit = page_bytes // 2, _unit_bytes(geometry)
+    PageLayout(page_size, half, geometry.head_dim, geometry.key_dtype, records)
+    if records is None:
+        return page_size
+    if page_size * stored_bytes(geometry, records) == page_bytes:
+        return exact_page_size(geometry, records, page_size)
+    return fitting_page_size(half, unit * geometry.head_dim, unit)
+
+
+def _unit_bytes(geometry: CacheGeometry) -> int:
+    """Bytes of one of an exact token's numbers."""
+    return max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
 
 
 def _holds_exact_tokens(geometry: CacheGeometry, options: CacheOptions, page_size: int) -> bool:
@@ -167,10 +198,7 @@ def _build(
         exact = exact_page_size(geometry, records, page_size)
         page_bytes = page_size * stored_bytes(geometry, records)
     else:
-        exact = page_size
-        if records is not None:
-            widest = max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
-            exact = fitting_page_size(page_bytes // 2, widest * geometry.head_dim)
+        exact = _exact_in_pages(geometry, records, page_size, page_bytes)
     problem = Problem(geometry, schedule, tokens)
     if schedule.history:
         allocation = policy.allocate(problem)
@@ -231,23 +259,3 @@ def _quantised(
         beyond = exact_pages > (-(-allocation.tokens // page_size)).sum(axis=(1, 2)).max()
         start = int(np.argmax(beyond)) if beyond.any() else scales
     return np.broadcast_to(scale >= start, (scales, layers))
-
-
-def max_rows(plan: Plan, memory: int, reserved: int = 0) -> int:
-    """The most rows of such a generation whose pages and workspace fit in ``memory`` bytes less
-    ``reserved``, up to MAX_ROWS; 0 if none do.
-    """
-    room = memory - reserved
-    return largest(lambda rows: plan.for_rows(rows).total_bytes <= room, 0, MAX_ROWS + 1)
-
-
-def require(plan: Plan, memory: int, reserved: int = 0) -> None:
-    """Raise WillNeverFit, with what to change, unless this plan fits."""
-    if plan.total_bytes > memory - reserved:
-        fits = max_rows(plan, memory, reserved)
-        advice = (
-            f"{fits} of {plan.rows} rows would fit"
-            if fits
-            else "not one row fits: lower the budget or the resolution"
-        )
-        raise WillNeverFit(plan.total_bytes, memory - reserved, advice)

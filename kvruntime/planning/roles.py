@@ -35,4 +35,7 @@ def choose_policy(
             preset = load_preset(known.name)
             kind = "profile" if profile else "published preset" if preset else ""
             note = f"{kind} of {known.name}" if kind else note
+            sizes = profile.sizes if profile else preset.sizes if preset else schedule.sizes
+            if sizes != schedule.sizes:
+                note += ", made for another schedule"
     return make_policy(policy, profile, preset), note

@@ -15,7 +15,8 @@ from torch import Tensor
 from allocator import BlockTable
 from kvruntime.planning.regions import Kind
 from kvruntime.step.prepare import Prepared
-from kvruntime.storage.pool import Pages, Pool, write
+from kvruntime.storage.pages import Pages, write
+from kvruntime.storage.pool import Pool
 from kvruntime.storage.records import quantize
 from kvruntime.storage.transfer import upload
 
@@ -37,11 +38,11 @@ def commit(
     """
     change, device = step.change, pool.device
     with pool.changing():
-        pool.wait_for_reads()
+        pool.follow()
         old, new = table.commit(change)
         if old.size and step.shape.kind is Kind.SHIFT:  # else their pages are written whole
             pool.copy_pages(*(part.long() for part in upload(device, [old, new])))
-        pool.note_reads()
+        pool.note_use()
     if step.shape.kind is Kind.NOTHING:
         return
     commits = step.views.commit
@@ -60,7 +61,7 @@ def commit(
         torch.mul(slots, new_pages.weights.shape[1], out=weight_slots).add_(offset)
     slots.mul_(step.shape.new_page_size).add_(offset)
     write_kept(new_pages, slots)
-    pool.note_reads()
+    pool.note_use()
 
 
 def _written_places(step: Prepared, device: torch.device) -> tuple[Tensor, Tensor]:

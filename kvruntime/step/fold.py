@@ -9,7 +9,7 @@ from kvruntime.planning.regions import FOLD_TOKENS
 from kvruntime.step.commit import Write, pack_weights, used, write_numbers, write_weights
 from kvruntime.step.prepare import Prepared
 from kvruntime.step.read import Held
-from kvruntime.storage.pool import Pages
+from kvruntime.storage.pages import Pages
 from policies import Selection
 from policies.scratch import part_of
 

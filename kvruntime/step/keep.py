@@ -9,7 +9,7 @@ from torch import Tensor
 from kvruntime.step.commit import Write, pack_weights, used, write_weights
 from kvruntime.step.prepare import Prepared
 from kvruntime.step.read import Held
-from kvruntime.storage.pool import Pages, read, write
+from kvruntime.storage.pages import Pages, read, write
 from kvruntime.storage.records import quantize
 from policies import Selection
 from policies.scratch import wide

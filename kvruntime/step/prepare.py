@@ -13,6 +13,7 @@ from kvruntime.planning.demand import Plan
 from kvruntime.planning.positions import KnownStep
 from kvruntime.planning.regions import Kind, StepShape
 from kvruntime.planning.workspace import StepViews, Workspace
+from kvruntime.storage.pool import Pool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,19 +38,27 @@ class Prepared:
 
 
 def prepare(
-    plan: Plan, table: BlockTable, scale: int, layer: int, rows: slice, workspace: Workspace
+    plan: Plan,
+    pool: Pool,
+    table: BlockTable,
+    scale: int,
+    layer: int,
+    rows: slice,
+    workspace: Workspace,
 ) -> Prepared:
     """Work the step out for these rows. Whole arrays only; O(pages of the rows)."""
     shape = plan.shape(scale, layer, rows.stop - rows.start)
     known = plan.positions.step(scale, layer)
     before, after = plan.lengths_before(scale, layer), plan.tokens[scale, layer]
-    change = table.propose(
-        rows,
-        after,
-        shape.new_page_size,
-        _written_pages(shape, known),
-        afresh=shape.reads != shape.writes and shape.cached > 0,
-    )
+    with pool.changing():  # of pages that are shared others change how many own them
+        change = table.propose(
+            rows,
+            after,
+            shape.new_page_size,
+            _written_pages(shape, known),
+            afresh=shape.reads != shape.writes and shape.cached > 0,
+        )
+    pool.follow()
     return Prepared(
         scale=scale,
         layer=layer,

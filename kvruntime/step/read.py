@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvruntime.planning.regions import READ_TOKENS
 from kvruntime.step.prepare import Prepared
-from kvruntime.storage.pool import Pages
+from kvruntime.storage.pages import Pages
 from kvruntime.storage.records import dequantize
 from policies.scratch import part_of, wide
 

@@ -22,7 +22,8 @@ from kvruntime.step.keep import keep
 from kvruntime.step.prepare import Prepared, prepare
 from kvruntime.step.read import Held, page_ids, read_held
 from kvruntime.step.shift import shift
-from kvruntime.storage.pool import Pages, Pool
+from kvruntime.storage.pages import Pages
+from kvruntime.storage.pool import Pool
 from kvruntime.storage.transfer import upload
 from policies import Selection
 
@@ -72,7 +73,7 @@ def run_step(
     themselves; then their lanes hold what the plan says.
     """
     plan, pool = runner.plan, runner.pool
-    step = prepare(plan, table, scale, layer, rows, workspace)
+    step = prepare(plan, pool, table, scale, layer, rows, workspace)
 
     pages = runner.pages(plan.was_quantised(scale, layer)) if step.shape.cached else None
     ids = None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvruntime.step.commit import Write, write_weights
 from kvruntime.step.prepare import Prepared
-from kvruntime.storage.pool import Pages, read, write
+from kvruntime.storage.pages import Pages, read, write
 from kvruntime.storage.records import quantize
 from policies.scratch import part_of
 

@@ -30,7 +30,7 @@ class RecordFormat:
     @classmethod
     def named(cls, kv_dtype: str, groups: int) -> RecordFormat:
         """The format of ``kv_dtype``: int2, int4 or int8. Raises ValueError for another name."""
-        if kv_dtype not in KV_DTYPES:
+        if not isinstance(kv_dtype, str) or kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
         return cls(KV_DTYPES[kv_dtype], groups)
 
@@ -118,29 +118,36 @@ def exact_page_size(geometry: CacheGeometry, records: RecordFormat | None, page_
     if records is None:
         return page_size
     unit = max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
-    half = page_size * records.num_bytes(geometry.head_dim)
-    count = half // (unit * geometry.head_dim)
-    while count and (half % (count * unit) or (count > 16 and count % 16)):
-        count -= 1
+    half, token = page_size * records.num_bytes(geometry.head_dim), unit * geometry.head_dim
+    count = _evenly(half, token, unit)
     if not count:
         raise ValueError(
             f"page_size {page_size} is too small: its {half} bytes of {records.name} records hold "
-            f"no {geometry.key_dtype} token of {unit * geometry.head_dim}, and tokens are exact at "
-            "first"
+            f"no {geometry.key_dtype} token of {token}, and tokens are exact at first"
         )
     return count
 
 
-def fitting_page_size(half_bytes: int, token_bytes: int) -> int:
-    """Most tokens, a power of two, that fit half a page at equal distances of a multiple of 4
-    bytes. Raises ValueError if not one does.
+def fitting_page_size(half_bytes: int, token_bytes: int, unit_bytes: int) -> int:
+    """Tokens of a pool's page: as many as fill it, as in pages that were made for them; where no
+    number does, as many as there is room for, as in ``exact_page_size``.
+
+    Raises ValueError if not one fits half a page.
     """
-    if token_bytes > half_bytes:
+    if half_bytes % token_bytes == 0:
+        return half_bytes // token_bytes
+    count = _evenly(half_bytes, token_bytes, unit_bytes)
+    if not count:
         raise ValueError(
             f"a token's K takes {token_bytes} bytes, half a page of this pool {half_bytes}: make "
-            f"the pool's pages at least {2 * token_bytes} bytes"
+            f"the pool's pages a multiple of {2 * token_bytes} bytes"
         )
-    size = 1
-    while 2 * size * token_bytes <= half_bytes and half_bytes % (8 * size) == 0:
-        size *= 2
-    return size
+    return count
+
+
+def _evenly(half_bytes: int, token_bytes: int, unit_bytes: int) -> int:
+    """Most tokens at equal distances of whole units; a multiple of 16 where 16 fit. 0: none."""
+    count = half_bytes // token_bytes
+    while count and (half_bytes % (count * unit_bytes) or (count > 16 and count % 16)):
+        count -= 1
+    return count

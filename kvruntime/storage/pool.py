@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from allocator import BlockTable, OutOfPages, PageAllocator
-from kvruntime.errors import WillNeverFit
+from kvruntime.errors import ScheduleError, WillNeverFit
 from kvruntime.sizes import check_positive, parse_bytes, parse_share
-from kvruntime.storage.layout import WEIGHT_BYTES, PageLayout, RecordFormat
+from kvruntime.storage.layout import WEIGHT_BYTES, PageLayout
 from kvruntime.storage.memory import free_bytes, is_out_of_memory
+from kvruntime.storage.pages import Pages
 from policies import TORCH_DTYPES
-from policies.scratch import wide
 
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """live_pages + free_pages == num_pages; peak_pages: most that were ever live at once."""
+    """live_pages + free_pages == num_pages; peak_pages: most that were live at once since the pool
+    was last empty.
+    """
 
     num_pages: int
     live_pages: int
@@ -30,24 +35,6 @@ class PoolStats:
     reserved_pages: int
     peak_pages: int
     pool_bytes: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pages:
-    """A pool's bytes seen through a layout.
-
-    keys, values: [num_pages, page_size, width], tokens or records. weights: float16 [num_pages,
-        tokens], log weights, at least page_size of a page; None in a pool without weights.
-    """
-
-    keys: Tensor
-    values: Tensor
-    weights: Tensor | None
-    records: RecordFormat | None
-
-    @property
-    def page_size(self) -> int:
-        return int(self.keys.shape[1])
 
 
 class Pool:
@@ -106,6 +93,8 @@ class Pool:
         self._tables: weakref.WeakKeyDictionary[object, list[BlockTable]]
         self._tables = weakref.WeakKeyDictionary()
         self._reserved: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._leaving: list[object] = []  # dismissed in the middle of a change
+        self._changer: FrameType | None = None  # in which a change goes on
         self._is_changing = self._has_lost = False
         self._stream: object = None
         self._event: torch.cuda.Event | None = None
@@ -132,16 +121,17 @@ class Pool:
 
     @property
     def stats(self) -> PoolStats:
+        if self._is_mid_change():
+            owned = [table.owned() for table in self._all_tables()]
+            return self._stats(np.unique(np.concatenate(owned)).size if owned else 0)
         with self.changing():
-            pages = self.allocator
-            return PoolStats(
-                self.num_pages,
-                pages.num_live,
-                pages.num_free,
-                sum(self._reserved.values()),
-                pages.high_water,
-                self.num_bytes,
-            )
+            return self._stats(self.allocator.num_live)
+
+    def _stats(self, num_live: int) -> PoolStats:
+        reserved = sum(self._reserved.values())
+        peak = max(self.allocator.high_water, num_live)
+        free = self.num_pages - num_live
+        return PoolStats(self.num_pages, num_live, free, reserved, peak, self.num_bytes)
 
     def view(self, layout: PageLayout) -> Pages:
         """The pages read through a layout, which must have been made for this pool's pages."""
@@ -160,20 +150,49 @@ class Pool:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """For whoever changes owners: no other thread does meanwhile, and if it ends early, by an
-        error or an interrupt, or did before, the allocator is rebuilt from the block tables.
+        """For whoever changes owners, or asks who owns what: no other thread changes any meanwhile,
+        and if it ends early, by an error or an interrupt, or did before, the allocator is rebuilt
+        from the block tables.
+
+        Raises ScheduleError in the middle of a change of this very thread, where only a signal
+        handler or a finalizer can be. Whoever changes lets errors out of the function that does.
         """
+        if self._is_mid_change():
+            raise ScheduleError(
+                "the pool is in the middle of a change: a signal handler or finalizer may close "
+                "generations and read stats, but not open, step, fork or thin them"
+            )
         with self._lock:
-            if self._is_changing or self._has_lost:
-                self._mend()
-            self._is_changing = True
-            yield
-            self._is_changing = False
+            self._changer = sys._getframe(2)  # whose with statement this is
+            try:
+                if self._is_changing or self._has_lost:
+                    self._mend()
+                self._is_changing = True
+                self._let_leave()
+                yield
+                self._let_leave()
+                self._is_changing = False
+            finally:
+                self._changer = None
+
+    def _is_mid_change(self) -> bool:
+        """Whether this runs within a change. The lock cannot tell: an interrupt may leave it."""
+        changer, frame = self._changer, sys._getframe(1) if self._changer else None
+        while frame is not None and frame is not changer:
+            frame = frame.f_back
+        return frame is not None
+
+    def _let_leave(self) -> None:
+        while self._leaving:
+            self._release(self._leaving[-1])
+            self._leaving.pop()
+
+    def _all_tables(self) -> list[BlockTable]:
+        return [table for group in list(self._tables.values()) for table in group]
 
     def _mend(self) -> None:
         self._has_lost = False
-        tables = [table for group in list(self._tables.values()) for table in group]
-        self.allocator.rebuild(table.owned() for table in tables)
+        self.allocator.rebuild(table.owned() for table in self._all_tables())
         self._is_changing = False
 
     def admit(self, owner: object, tables: list[BlockTable], pages: int) -> None:
@@ -201,12 +220,25 @@ class Pool:
         self._reserved[owner] = pages
 
     def dismiss(self, owner: object) -> None:
-        """Take back every page of an owner. Twice is allowed."""
+        """Take back every page of an owner. Twice is allowed. In the middle of a change of this
+        thread it is done at the end of that.
+        """
+        if self._is_mid_change():
+            self._leaving.append(owner)
+            return
         with self.changing():
-            for table in self._tables.get(owner, []):
-                table.release()
-            self._tables.pop(owner, None)  # last: until then an interrupt can be mended
-            self._reserved.pop(owner, None)
+            self._release(owner)
+
+    def _release(self, owner: object) -> None:
+        for table in self._tables.get(owner, []):
+            table.release()
+        self._tables.pop(owner, None)  # last: until then an interrupt can be mended
+        self._reserved.pop(owner, None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no generation is open."""
+        return not self._tables
 
     def _mark_lost(self, tables: list[BlockTable]) -> None:
         """An owner went without being dismissed: its pages are found when somebody asks next."""
@@ -214,21 +246,24 @@ class Pool:
         if not any(table.num_pages.any() for table in tables):
             self._has_lost = had_lost
 
-    def wait_for_reads(self) -> None:
-        """On CUDA: before pages that another stream read last are written on this one."""
+    def follow(self) -> None:
+        """On CUDA: what this stream does to pages from now on comes after what others have done."""
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
-            if self._event is not None and stream != self._stream:
-                stream.wait_event(self._event)
+            with self._lock:
+                if self._event is not None and stream != self._stream:
+                    stream.wait_event(self._event)
 
-    def note_reads(self) -> None:
-        """On CUDA: remember how far this stream has read and written."""
+    def note_use(self) -> None:
+        """On CUDA: remember how far this stream has read and written, and all others before it."""
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
-            if self._event is None:
-                self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record(stream)
-            self._stream = stream
+            with self._lock:
+                self.follow()  # else what the last one noted would be forgotten
+                if self._event is None:
+                    self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._event.record(stream)
+                self._stream = stream
 
     def copy_pages(self, old: Tensor, new: Tensor) -> None:
         """Copy whole pages, so that a shared one can be written."""
@@ -239,7 +274,7 @@ class Pool:
         """Assert every invariant. O(num_pages); for tests and idle points."""
         with self.changing():
             self.allocator.check()
-            tables = [table for group in list(self._tables.values()) for table in group]
+            tables = self._all_tables()
             for table in tables:
                 table.check()
             owned = sum(int(table.num_pages.sum()) for table in tables)
@@ -251,27 +286,10 @@ class Pool:
 def real_device(device: torch.device | str) -> torch.device:
     """The device with its index. Raises ValueError for CUDA where torch has none."""
     device = torch.device(device)
+    if device.type == "cpu":
+        return torch.device("cpu")  # cpu:0 is the same, and not equal
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
         raise ValueError(f"device {device}: torch sees no CUDA device here, use device='cpu'")
     return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-
-
-def read(pages: Tensor, slots: Tensor, out: Tensor) -> None:
-    """Tokens or records at these slots of pages [num_pages, page_size, width] into out
-    [*slots.shape, width].
-    """
-    source, target = wide(pages, out)
-    torch.ops.aten.index.Tensor_out(flat(source), [slots], out=target)
-
-
-def write(pages: Tensor, slots: Tensor, new: Tensor) -> None:
-    """Put new [*slots.shape, width] at these slots of pages [num_pages, page_size, width]."""
-    target, source = wide(pages, new)
-    flat(target).index_put_((slots,), source)
-
-
-def flat(pages: Tensor) -> Tensor:
-    """The same places in one row, [num_pages * page_size, width]; never a copy."""
-    return pages.view(pages.shape[0] * pages.shape[1], pages.shape[2])

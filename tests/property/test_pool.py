@@ -12,7 +12,7 @@ from allocator import BlockTable, OutOfPages
 from kvruntime import Pool
 from kvruntime.errors import WillNeverFit
 from kvruntime.storage.layout import PageLayout
-from kvruntime.storage.pool import write
+from kvruntime.storage.pages import write
 
 DIM, HALF, WEIGHTS = 2, 48, 12  # bytes of a page's K, and of its log weights
 SIZES = (1, 2, 3, 6)  # tokens in a page

@@ -200,8 +200,8 @@ def test_a_page_must_hold_an_exact_token():
         PageLayout(3, 64, 16, "float16")
     with pytest.raises(ValueError, match="2 tokens of 32 bytes do not fit half a page, 48"):
         PageLayout(2, 48, 16, "float16")
-    with pytest.raises(ValueError, match="pages at least 64 bytes"):
-        fitting_page_size(16, 32)
+    with pytest.raises(ValueError, match="pages a multiple of 64 bytes"):
+        fitting_page_size(16, 32, 4)
 
 
 def test_the_start_scale():

@@ -250,12 +250,12 @@ def test_an_interrupt_while_pages_change_hands(monkeypatch, name, is_late):
             raise KeyboardInterrupt
 
         generation = cache.open(2)
+        pool = generation._runner.pool
         with monkeypatch.context() as patch:
             patch.setattr(PageAllocator, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 draw(generation)
         assert not generation.is_open and generation.stats.live_pages == 0
-        pool = generation._runner.pool
         pool.check()
         assert (pool.stats.live_pages, pool.stats.reserved_pages) == (0, 0)
         with cache.open(2) as generation:

@@ -45,7 +45,10 @@ def drop_a_scale(data):
         (lambda data: data.update(extra=1), "extra: Extra inputs"),
         (lambda data: data.pop("selectivity"), "selectivity: Field required"),
         (lambda data: data.update(sizes=[[1, 0]]), "sizes.0.1: Input should be greater than 0"),
-        (lambda data: data.update(sizes=[[1]] * 3), "a scale is 2 or 3 positive integers"),
+        (
+            lambda data: data.update(sizes=[[1]] * 3),
+            "a scale is a tuple of 2 or 3 positive integers",
+        ),
         (lambda data: data.update(sizes=[]), "at least one scale"),
         (lambda data: data.update(pictures=0), "pictures: Input should be greater than 0"),
         (lambda data: data["selectivity"][0].__setitem__(0, "x"), "selectivity.0.0"),

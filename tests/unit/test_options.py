@@ -183,7 +183,8 @@ def test_an_observer_that_raises_closes_the_generation():
         raise RuntimeError("mine")
 
     generation = make(observer=observer).open(2)
+    pool = generation._runner.pool
     with pytest.raises(RuntimeError, match="mine"):
         generation.attend(0, *step(0))
     assert not generation.is_open
-    assert generation._runner.pool.stats.live_pages == 0
+    assert pool.stats.live_pages == 0

@@ -15,7 +15,8 @@ from kvruntime.catalogue import (
     infinity_schedule,
 )
 from kvruntime.planning import choose_policy, make_plan, max_rows, require
-from kvruntime.planning.fit import MAX_ROWS, default_page_size
+from kvruntime.planning.fit import default_page_size
+from kvruntime.planning.rows import MAX_ROWS
 from policies import CacheGeometry, Full, ScaleKV, ScaleSchedule, load_preset
 from tests.support import profile_of
 
@@ -170,7 +171,7 @@ def test_memory_is_required_before_anything_is_made():
     assert caught.value.total == 80 * 2**30 < caught.value.needed
     assert f"{fits} of" in str(caught.value)
     with pytest.raises(
-        WillNeverFit, match=r": not one row fits: lower the budget or the resolution$"
+        WillNeverFit, match=r": not one row fits: lower the budget, the resolution or"
     ):
         plan("infinity-8b", 1, memory=10 * MIB)
     with pytest.raises(WillNeverFit):

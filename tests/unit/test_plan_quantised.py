@@ -159,15 +159,20 @@ def test_exact_tokens_in_a_page_by_brute_force(geometry, bits, groups, page_size
 
 @given(half=st.integers(1, 2**14).map(lambda n: 4 * n), token=st.integers(1, 2**12))
 def test_tokens_that_fit_the_pages_of_a_pool(half, token):
-    """A power of two, each at a multiple of four bytes."""
+    """All that fill a page; else as many as there is room for, evenly, in sixteens if that many."""
+    if half % token == 0:
+        assert fitting_page_size(half, token, 4) == half // token
+        return
     fitting = [
-        2**n for n in range(15) if 2**n * token <= half and (n == 0 or half % (4 * 2**n) == 0)
+        count
+        for count in range(1, half // token + 1)
+        if half % (4 * count) == 0 and (count <= 16 or count % 16 == 0)
     ]
     if not fitting:
-        with pytest.raises(ValueError, match=f"pages at least {2 * token} bytes"):
-            fitting_page_size(half, token)
+        with pytest.raises(ValueError, match=f"pages a multiple of {2 * token} bytes"):
+            fitting_page_size(half, token, 4)
     else:
-        assert fitting_page_size(half, token) == max(fitting)
+        assert fitting_page_size(half, token, 4) == max(fitting)
 
 
 def test_plans_for_the_pages_of_a_pool():

@@ -86,7 +86,7 @@ def test_pools_that_do_not_suit_a_cache():
         make("centroid", 20, pool=Pool(num_pages=9, page_bytes=1024))
     with pytest.raises(ValueError, match="weight_bytes must be a multiple of 2, got 3"):
         Pool(num_pages=9, page_bytes=1024, weight_bytes=3)
-    with pytest.raises(ValueError, match="make the pool's pages at least 64 bytes"):
+    with pytest.raises(ValueError, match="make the pool's pages a multiple of 64 bytes"):
         make(pool=Pool(num_pages=9, page_bytes=32))
     meta = Pool(num_pages=99, page_bytes=1024, device="meta")
     with pytest.raises(ValueError, match="q is on cpu, the pool on meta"):

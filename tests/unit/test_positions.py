@@ -254,10 +254,11 @@ def test_wrong_choices_are_refused_by_name(wrong, is_even):
     with pytest.raises(ValueError, match=r"policy odd must keep"):
         cache.plan(1).workspace_bytes  # noqa: B018
     generation = cache.open(1)
+    pool = generation._runner.pool
     with pytest.raises(ValueError, match=r"policy odd must keep"):
         for tokens_of_scale in schedule.tokens:
             generation.attend(0, *torch.zeros(3, 1, tokens_of_scale, heads, 4))
-    assert not generation.is_open and generation._runner.pool.stats.live_pages == 0
+    assert not generation.is_open and pool.stats.live_pages == 0
 
 
 def test_tokens_that_are_not_there_and_folding_without_content():

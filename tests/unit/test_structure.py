@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("allocator", "policies", "kvruntime")
 READ = (*PACKAGES, "tests", "benchmarks")
 FLOORS = [  # of kvruntime, from the ground up: a module imports only from floors below its own
-    "errors sizes quality catalogue storage step reference.tokenizer reference.emoji",
+    "errors sizes arguments quality catalogue storage step reference.tokenizer reference.emoji",
     "storage.layout storage.memory storage.transfer planning.positions planning.baseline",
-    "storage.records options reference.transformer",
+    "storage.records storage.pages options reference.transformer",
     "storage.pool planning.regions planning.roles reference reference.train",
     "planning.workspace planning.demand attention.base attention.operators",
-    "planning.fit stats attention.sdpa",
+    "planning.fit planning.rows stats attention.sdpa",
     "planning attention.xformers",
     "attention attention.cubin step.prepare",
     "step.read step.commit",

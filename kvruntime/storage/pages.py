@@ -1,0 +1,48 @@
+"""The bytes of a pool read as tokens, or as records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvruntime.storage.layout import RecordFormat
+from policies.scratch import wide
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pages:
+    """A pool's bytes seen through a layout.
+
+    keys, values: [num_pages, page_size, width], tokens or records. weights: float16 [num_pages,
+        tokens], log weights, at least page_size of a page; None in a pool without weights.
+    """
+
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None
+    records: RecordFormat | None
+
+    @property
+    def page_size(self) -> int:
+        return int(self.keys.shape[1])
+
+
+def read(pages: Tensor, slots: Tensor, out: Tensor) -> None:
+    """Tokens or records at these slots of pages [num_pages, page_size, width] into out
+    [*slots.shape, width].
+    """
+    source, target = wide(pages, out)
+    torch.ops.aten.index.Tensor_out(flat(source), [slots], out=target)
+
+
+def write(pages: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Put new [*slots.shape, width] at these slots of pages [num_pages, page_size, width]."""
+    target, source = wide(pages, new)
+    flat(target).index_put_((slots,), source)
+
+
+def flat(pages: Tensor) -> Tensor:
+    """The same places in one row, [num_pages * page_size, width]; never a copy."""
+    return pages.view(pages.shape[0] * pages.shape[1], pages.shape[2])
