@@ -23,6 +23,8 @@ class Stats:
 
     live_pages: its own now, shared ones included. token_bytes <= page_bytes: what the policy keeps
         after a scale, and the pages that hold it at the peak, log weights (weight_bytes) included.
+    planned_pages == peak_pages at the end; after keep_rows the former is of the rows that
+        stayed.
     baseline_bytes: the model's own cache, all scales, without the copy that torch.cat makes;
         history_bytes: the same before the last scale.
     backend_reason: why it is this back end. page_steps, gather_steps: layers whose attention read

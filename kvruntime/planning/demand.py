@@ -88,7 +88,8 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
-        """The part of page_bytes that log weights take; 0 for policies that never fold."""
+        """The part of page_bytes that log weights take; of policies that never fold 0, unless
+        the pool's pages have room for some."""
         return self.peak_pages * self.weight_bytes_per_page
 
     @property

@@ -95,6 +95,8 @@ class Pool:
         self._reserved: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         self._leaving: list[object] = []  # dismissed in the middle of a change
         self._changer: FrameType | None = None  # in which a change goes on
+        self._finalizers: weakref.WeakKeyDictionary[object, weakref.finalize[..., object]]
+        self._finalizers = weakref.WeakKeyDictionary()
         self._is_changing = self._has_lost = False
         self._stream: object = None
         self._event: torch.cuda.Event | None = None
@@ -213,7 +215,8 @@ class Pool:
                 self.allocator.reset_high_water()
             self._tables[owner] = tables
             self._reserved[owner] = pages
-            weakref.finalize(owner, self._mark_lost, tables).atexit = False
+            self._finalizers[owner] = weakref.finalize(owner, self._mark_lost, tables)
+            self._finalizers[owner].atexit = False
 
     def reserve(self, owner: object, pages: int) -> None:
         """Lower what an admitted owner may hold."""
@@ -234,6 +237,8 @@ class Pool:
             table.release()
         self._tables.pop(owner, None)  # last: until then an interrupt can be mended
         self._reserved.pop(owner, None)
+        if owner in self._finalizers:  # which holds this pool
+            self._finalizers.pop(owner).detach()
 
     @property
     def is_idle(self) -> bool:

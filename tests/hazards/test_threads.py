@@ -83,6 +83,24 @@ def test_h23_a_model_left_half_done_refuses_another_thread(tiny_model):
     assert torch.equal(picture, tiny_model.generate(LABELS, seed=1))
 
 
+def test_h23_a_thread_that_died_half_way_is_in_nobodys_way(tiny_model):
+    """By hand, without the sampler: nobody could draw until the block ended."""
+    own = tiny_model.generate(LABELS, seed=1)
+
+    def half_way():
+        for block in tiny_model.blocks:
+            block.attention.use_cache(True)
+        tiny_model.blocks[0].attention(torch.zeros(2, 1, 32))
+
+    with kvruntime.attach(tiny_model, "full", 1.0) as attached:
+        thread = threading.Thread(target=half_way)
+        thread.start()
+        thread.join(60)
+        assert attached.stats.live_pages > 0
+        assert torch.equal(tiny_model.generate(LABELS, seed=1), own)
+        assert attached.stats.live_pages == 0
+
+
 def test_h23_threads_that_draw_at_once_are_refused_or_right(tiny_model):
     """Mostly ScheduleError before, once in 24 a wrong picture."""
     own = tiny_model.generate(LABELS, seed=1)

@@ -129,12 +129,12 @@ def test_a_generation_that_fails_anywhere_leaks_nothing_and_the_next_one_works(c
         for owner, name in PLACES[where]:
             patch.setattr(owner, name, breaking(getattr(owner, name)))
         generation = cache.open(case.rows)
+        pool = generation._runner.pool
         try:
             with generation:
                 generate(generation)
         except Broken:
             pass
-    pool = generation._runner.pool
     assert not generation.is_open and generation.stats.live_pages == 0
     assert pool.stats.live_pages == pool.stats.reserved_pages == 0
     pool.check()

@@ -249,3 +249,11 @@ def test_the_plan_of_an_attachment(tiny_model):
         planned = attached.plan(2).peak_pages
         tiny_model.generate(LABELS)
         assert attached.stats.planned_pages == planned
+
+
+def test_a_model_saved_inside_the_block_is_the_models_own(tiny_model, tmp_path):
+    own = tiny_model.generate(LABELS, seed=1)
+    with kvruntime.attach(tiny_model, "streaming_llm", 0.1):
+        torch.save(tiny_model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded.generate(LABELS, seed=1), own)

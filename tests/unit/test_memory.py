@@ -33,15 +33,28 @@ def test_allocated_is_planned(policy, dtype, kv_dtype, chunks):
     assert 0.95 <= result["ratio"] <= 1.0, result
 
 
+def laid_out(step, layout):
+    """q, k, v of the same numbers as other attention code makes them."""
+    if layout == "interleaved":  # qkv.view(rows, n, 3, heads, head_dim).unbind(2)
+        return torch.stack(tuple(step), dim=2).unbind(2)
+    return tuple(part.transpose(1, 2).contiguous().transpose(1, 2) for part in step)
+
+
 @pytest.mark.parametrize("policy", EVERY_POLICY, ids=by_name)
 @pytest.mark.parametrize("kv_dtype", [None, "int4"])
-def test_no_step_allocates_more_than_it_declares(policy, kv_dtype):
+@pytest.mark.parametrize(
+    ("layout", "head_dim"),
+    [("plain", 64), ("interleaved", 64), ("heads first", 64), ("interleaved", 256)],
+)
+def test_no_step_allocates_more_than_it_declares(policy, kv_dtype, layout, head_dim):
     """Beside the workspace, which is there already. Smaller steps than the worst one too."""
-    geometry = CacheGeometry(1, TINY.heads, TINY.head_dim, "bfloat16", "bfloat16")
+    geometry = CacheGeometry(1, TINY.heads, head_dim, "bfloat16", "bfloat16")
     options = CacheOptions(policy=policy, budget=TINY.budget, kv_dtype=kv_dtype, workspace=1)
     cache = PagedKVCache(geometry, TINY.schedule, options, softmax_scale=0.1)
     plan = cache.plan(TINY.rows)
-    steps = random_steps(TINY.schedule, TINY.rows, TINY.heads, TINY.head_dim, "bfloat16")
+    steps = random_steps(TINY.schedule, TINY.rows, TINY.heads, head_dim, "bfloat16")
+    if layout != "plain":
+        steps = [laid_out(step, layout) for step in steps]
     with cache.open(TINY.rows) as generation:
         cache._workspaces.give_back(Workspace(plan.scratch_bytes, torch.device("cpu")))
         for scale, step in enumerate(steps):

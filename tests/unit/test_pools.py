@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from kvruntime import OutOfPages, PagedKVCache, Pool, WillNeverFit
+from kvruntime import CacheOptions, OutOfPages, PagedKVCache, Pool, WillNeverFit
+from kvruntime.catalogue import find_model
 from policies import CacheGeometry
 from tests.unit.test_cache import GEOMETRY, SCHEDULE, draw, make, step
 
@@ -103,3 +104,40 @@ def test_cuda_without_a_gpu_is_a_clear_error():
     with pytest.raises(ValueError, match="device cuda, but the pool is on cpu"):
         pool = Pool(num_pages=1, page_bytes=1024)
         PagedKVCache(GEOMETRY, SCHEDULE, softmax_scale=1.0, pool=pool, device="cuda")
+
+
+@pytest.mark.parametrize("policy", ["scalekv", "centroid", "full"])
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+@pytest.mark.parametrize("budget", [0.1, "2%", "4%", "10%", "25%"])
+@pytest.mark.parametrize("model", ["emoji64", "var-d16", "infinity-125m"])
+def test_a_pool_of_a_caches_own_pages_serves_it_as_its_own_would(model, budget, kv_dtype, policy):
+    """Pages of 13 tokens were read as pages of one, and nine tenths of the tokens were lost."""
+    known = find_model(model)
+    options = CacheOptions(policy, budget, kv_dtype=kv_dtype)
+    try:
+        own = PagedKVCache(known.geometry, known.schedule, options, softmax_scale=1.0)
+    except WillNeverFit:
+        return
+    pool = Pool(num_pages=1, page_bytes=own.page_bytes, weight_bytes=own.weight_bytes)
+    cache = PagedKVCache(known.geometry, known.schedule, options, softmax_scale=1.0, pool=pool)
+    ours, theirs = own.plan(2), cache.plan(2)
+    assert (ours.page_size, ours.exact_page_size) == (theirs.page_size, theirs.exact_page_size)
+    assert (ours.budget_tokens, ours.start_scale) == (theirs.budget_tokens, theirs.start_scale)
+    assert ours.page_bytes == theirs.page_bytes
+
+
+@pytest.mark.parametrize(
+    ("page_bytes", "options"),
+    [
+        (4096, {"page_size": 24}),
+        (4096, {"page_size": 1000}),
+        (1028, {"page_size": 5}),
+        (1028, {}),
+        (4096, {"page_size": 400, "kv_dtype": "int4"}),
+    ],
+)
+def test_pages_that_hold_no_whole_tokens_are_refused_with_the_cache(page_bytes, options):
+    geometry = CacheGeometry(2, 2, 32, "float32", "float32")
+    pool = Pool(num_pages=9, page_bytes=page_bytes)
+    with pytest.raises(ValueError, match="half a page"):
+        make("full", geometry=geometry, pool=pool, **options)
