@@ -159,5 +159,4 @@ def ascending(places: Tensor, count: int, scratch: Mapping[str, Tensor]) -> tupl
 def beyond(keep: tuple[int, ...], device: torch.device) -> Tensor:
     """Places of [heads, max(keep)] that a head does not use, bool, on the device."""
     with torch.inference_mode(False):
-        most = torch.arange(max(keep), device="cpu")
-        return (most >= torch.tensor(keep, device="cpu")[:, None]).to(device)
+        return torch.from_numpy(np.arange(max(keep)) >= np.array(keep)[:, None]).to(device)

@@ -131,9 +131,7 @@ class Positions:
         alike = bool((keep == keep[:1]).all()) and is_even
         shift = _shift(keep[0], cached) if alike and not handed_over else None
         if shift is not None:
-            order = keep[0].copy()
-            is_hole = np.isin(np.arange(most), shift.targets)
-            order[~is_hole] = np.flatnonzero(~is_hole)
+            order = np.arange(most)
             order[shift.targets] = shift.sources
             keep = order[None]
         lines = np.broadcast_to(keep, (after.size, most))
@@ -184,6 +182,8 @@ def checked_on_host(chosen: Selection, keep: Places, positions: Places, name: st
     """The kept places of a choice by token numbers, [heads, m]. Raises ValueError unless they are
     as promised: so many, ascending, distinct, of tokens that are there.
     """
+    if not isinstance(chosen, Selection):
+        raise ValueError(f"policy {name} must return a Selection, got {chosen!r}")
     wanted = (1, keep.size, int(keep.max()))
     if tuple(chosen.keep.shape) != wanted or chosen.keep.dtype != torch.int64:
         raise ValueError(

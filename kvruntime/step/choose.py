@@ -33,6 +33,8 @@ def choose(plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: flo
     )
     selection = plan.policy.select(candidates)
     name, count = plan.policy.name, shape.candidates
+    if not isinstance(selection, Selection):
+        raise ValueError(f"policy {name} must return a Selection, got {selection!r}")
     wanted = (shape.rows, shape.heads, shape.kept)
     _check_tensor(name, "keep", selection.keep, wanted, torch.int64)
     keep = base["chosen"].copy_(selection.keep)
@@ -60,10 +62,14 @@ def choose(plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: flo
 def _check_tensor(
     name: str, what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None
 ) -> None:
-    if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
+    given, fits = type(tensor).__name__, False
+    if isinstance(tensor, Tensor):
+        given = f"{tensor.dtype} {tuple(tensor.shape)}"
+        is_right = tensor.dtype == dtype if dtype else tensor.is_floating_point()
+        fits = is_right and tuple(tensor.shape) == shape
+    if not fits:
         raise ValueError(
-            f"policy {name}: {what} must be {dtype or 'floating'} {shape}, got {tensor.dtype} "
-            f"{tuple(tensor.shape)}"
+            f"policy {name}: {what} must be {dtype or 'floating'} {shape}, got {given}"
         )
 
 

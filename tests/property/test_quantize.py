@@ -229,6 +229,20 @@ def test_the_start_scale():
     assert start(2, 1, factor=0) == 9, "never"
 
 
+def test_half_empty_pages_count_for_the_start_scale():
+    """Three layers of 20 tokens: six exact pages of 16, and four of 64 are held at the end."""
+    schedule = ScaleSchedule.of([(1, 20), (1, 80), 1])
+
+    class Uneven(Full):
+        def allocate(self, problem):
+            tokens = np.array([[20, 20, 20], [100, 40, 40], [0, 0, 0]])
+            return Allocation(tokens[:, :, None])
+
+    options = CacheOptions(page_size=64, kv_dtype="int4")
+    made = make_plan(CacheGeometry(3, 1, 128), schedule, Uneven(), options, 1)
+    assert (made.exact_page_size, made.start_scale) == (16, 0)
+
+
 def test_names_and_bad_ones():
     for name, bits in KV_DTYPES.items():
         assert RecordFormat.named(name, 2) == RecordFormat(bits, 2)

@@ -46,6 +46,7 @@ class Aged:
         own = self.tokens[candidates.scale, candidates.layer]
         assert np.array_equal(candidates.keep, own[: candidates.keep.size])
         assert candidates.scratch == {}
+        assert candidates.positions.min() >= -1
         self.seen.append((candidates.scale, candidates.layer, candidates.positions.clone()))
         ranks, keep = self.rank(candidates), candidates.keep
         most, count = int(keep.max()), ranks.shape[1]
@@ -160,10 +161,23 @@ def test_content_decides_only_where_something_is_dropped(schedule, heads, data):
             longest = int(before.max())
             for head in range(heads):
                 own = [*range(before[head]), *range(longest, longest + fresh)]
-                assert known.keep[head, : after[head]].tolist() == own
+                padding = [longest + fresh] * (known.keep.shape[1] - len(own))
+                assert known.keep[head].tolist() == own + padding
             assert (known.shift is not None) == (before == longest).all()
         before = after
     assert policy.seen == []
+
+
+def test_heads_of_one_length_that_hold_different_tokens():
+    """Once ragged, then even: what stays where is each head's own."""
+    schedule = ScaleSchedule.of([2, 2, 2, 2, 1])
+    tokens = np.array([[4, 2], [5, 5], [6, 6], [4, 4], [0, 0]])[:, None]
+    for seed in range(8):
+        policy = Aged(tokens, seed)
+        found = followed(policy, schedule, tokens)[0]
+        wanted = brute_force(Aged(tokens, seed), schedule, tokens)[0]
+        for lanes, sets in zip(found, wanted, strict=True):
+            assert [set(lane.tolist()) for lane in lanes] == sets
 
 
 def test_a_shift_by_hand():

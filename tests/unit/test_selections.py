@@ -109,6 +109,17 @@ def test_places_are_checked(function, message):
         run(Answers(change(function)))
 
 
+@pytest.mark.parametrize("answer", [None, [1, 2], torch.zeros(2, 3, 6)])
+def test_what_is_no_selection(answer):
+    with pytest.raises(ValueError, match="policy odd must return a Selection, got"):
+        run(Answers(lambda candidates: answer))
+
+
+def test_a_selection_of_no_tensors():
+    with pytest.raises(ValueError, match=r"keep must be torch.int64 \(2, 3, 6\), got list"):
+        run(Answers(lambda candidates: Selection([[0, 1]])))
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
