@@ -30,7 +30,7 @@ NO_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "words"), NO_ROWS, ids=[str(rows) for rows, _ in NO_ROWS])
+@pytest.mark.parametrize(("rows", "words"), NO_ROWS)
 def test_rows_that_are_none(rows, words):
     cache = make("full")
     wanted = draw(cache.open(2))
