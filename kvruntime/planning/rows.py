@@ -24,22 +24,7 @@ def max_rows(
     plan_for: the plan of so many rows, where it is not that of other rows with as many tokens: a
     budget in bytes of a generation buys more rows fewer tokens.
     """
-    room, make = memory - reserved, plan_for or plan.for_rows
-
-    def fits(rows: int) -> bool:
-        try:
-            return make(rows).total_bytes <= room
-        except WillNeverFit:
-            return False
-
-    beyond = 1
-    while beyond <= MAX_ROWS and fits(beyond):
-        beyond *= 2
-    most = largest(fits, beyond // 2, min(beyond, MAX_ROWS + 1))
-    if plan_for is None:  # one more row may need less, where rows go through a step in chunks
-        ahead = range(most + 1, min(most + _AHEAD, MAX_ROWS) + 1)
-        most = max((rows for rows in ahead if fits(rows)), default=most)
-    return most
+    return _most(plan_for or plan.for_rows, memory - reserved, MAX_ROWS, plan_for is None)
 
 
 def require(
@@ -49,11 +34,31 @@ def require(
     plan_for: Callable[[int], Plan] | None = None,
 ) -> None:
     """Raise WillNeverFit, with what to change, unless this plan fits. plan_for: see max_rows."""
-    if plan.total_bytes > memory - reserved:
-        fits = min(max_rows(plan, memory, reserved, plan_for), plan.rows - 1)
+    room = memory - reserved
+    if plan.total_bytes > room:
+        fits = _most(plan_for or plan.for_rows, room, plan.rows - 1, plan_for is None)
         advice = (
             f"{fits} of {plan.rows} rows would fit"
             if fits
             else "not one row fits: lower the budget, the resolution or the workspace"
         )
-        raise WillNeverFit(plan.total_bytes, memory - reserved, advice)
+        raise WillNeverFit(plan.total_bytes, room, advice)
+
+
+def _most(plan_for: Callable[[int], Plan], room: int, most: int, looks_ahead: bool) -> int:
+    """The most rows, up to ``most``, whose plan takes at most ``room`` bytes; 0 if none does."""
+
+    def fits(rows: int) -> bool:
+        try:
+            return plan_for(rows).total_bytes <= room
+        except WillNeverFit:
+            return False
+
+    beyond = 1
+    while beyond <= most and fits(beyond):
+        beyond *= 2
+    found = largest(fits, beyond // 2, min(beyond, most + 1))
+    if looks_ahead:  # one more row may need less, where rows go through a step in chunks
+        ahead = range(found + 1, min(found + _AHEAD, most) + 1)
+        found = max((rows for rows in ahead if fits(rows)), default=found)
+    return found

@@ -7,7 +7,7 @@ import torch
 from kvruntime import CacheOptions, PagedKVCache, Pool, ScaleSchedule, WillNeverFit, plan
 from kvruntime.calibration import calibrate
 from kvruntime.catalogue import find_model
-from kvruntime.planning import max_rows
+from kvruntime.planning import max_rows, require
 from policies import AMSKV, CacheGeometry, Problem, ScaleKV
 from tests.unit.test_cache import GEOMETRY, SCHEDULE, draw, make, step
 
@@ -149,6 +149,22 @@ def test_the_advice_for_budgets_of_a_generation():
         plan("emoji64", 4, "centroid", "4MiB", kv_dtype="int4", memory="5MiB")
 
 
+def test_rows_that_no_budget_of_a_generation_serves():
+    made = plan("emoji64", 1, "full")
+
+    def up_to_five(rows):
+        if rows > 5:
+            raise WillNeverFit(2, 1, "too many")
+        return made.for_rows(rows)
+
+    assert max_rows(made, 2**50, plan_for=up_to_five) == 5
+    eight = made.for_rows(8)
+    with pytest.raises(WillNeverFit, match="5 of 8 rows would fit"):
+        require(eight, eight.total_bytes - 1, plan_for=up_to_five)
+    with pytest.raises(WillNeverFit, match="7 of 8 rows would fit"):
+        require(eight, eight.total_bytes - 1)
+
+
 def test_a_row_more_may_need_less():
     """Where rows go through a step in smaller chunks, the most that fit lie behind some that do
     not.
@@ -160,3 +176,7 @@ def test_a_row_more_may_need_less():
     for rows in dips:
         most = max(n + 1 for n, need in enumerate(needs) if need <= needs[rows])
         assert max_rows(made, needs[rows]) == most > rows
+        with pytest.raises(WillNeverFit) as caught:
+            require(made.for_rows(rows), needs[rows])
+        fits = max((n + 1 for n in range(rows - 1) if needs[n] <= needs[rows]), default=0)
+        assert f"{fits} of {rows} rows" in str(caught.value)

@@ -141,3 +141,36 @@ def test_pages_that_hold_no_whole_tokens_are_refused_with_the_cache(page_bytes, 
     pool = Pool(num_pages=9, page_bytes=page_bytes)
     with pytest.raises(ValueError, match="half a page"):
         make("full", geometry=geometry, pool=pool, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "page_bytes", "kv_dtype", "page_size", "sizes"),
+    [
+        ("bfloat16", 660, None, None, (5, 5)),  # 64-byte tokens at a distance of 66
+        ("float32", 60_000, "int4", None, (750, 16)),  # 1500 records of 20 bytes: 1024 at most
+        ("float32", 4096, "int4", 16, (16, 16)),  # 102 would fit
+    ],
+)
+def test_pages_of_others(dtype, page_bytes, kv_dtype, page_size, sizes):
+    geometry = CacheGeometry(2, 2, 32, dtype, dtype)
+    pool = Pool(num_pages=9, page_bytes=page_bytes)
+    cache = make("full", geometry=geometry, pool=pool, kv_dtype=kv_dtype, page_size=page_size)
+    made = cache.plan(1)
+    assert made.page_size == sizes[0]
+    assert made.exact_page_size == sizes[1] or (kv_dtype and page_size is None)
+    assert pool.view(made.layout(False, page_bytes)) and pool.view(made.layout(True, page_bytes))
+
+
+def test_exact_tokens_in_pages_of_64_records():
+    """18 would fill them, which the paged kernel cannot read: 16, as in a pool of its own."""
+    geometry = CacheGeometry(2, 2, 64, "bfloat16", "bfloat16")
+    own = make("full", geometry=geometry, kv_dtype="int4", page_size=64)
+    pool = Pool(num_pages=9, page_bytes=own.page_bytes)
+    cache = make("full", geometry=geometry, kv_dtype="int4", page_size=64, pool=pool)
+    assert own.plan(1).exact_page_size == cache.plan(1).exact_page_size == 16
+
+
+def test_records_lie_at_whole_numbers():
+    geometry = CacheGeometry(2, 2, 32, "bfloat16", "bfloat16")
+    with pytest.raises(ValueError, match="make the pool's pages a multiple of 40 bytes"):
+        make("full", geometry=geometry, kv_dtype="int4", pool=Pool(num_pages=9, page_bytes=252))
