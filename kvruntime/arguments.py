@@ -11,15 +11,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def check_tensors(
-    q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype
+def check_tensor(
+    name: str,
+    part: Tensor,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Raise ValueError unless all three are of this shape [rows, n, heads, head_dim] and dtype."""
-    for name, part in (("q", q), ("k", k), ("v", v)):
-        if part.shape != shape or part.dtype != dtype:
-            raise ValueError(
-                f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}"
-            )
+    """Raise ValueError unless it is of this shape [rows, n, heads, head_dim], dtype and device."""
+    if part.shape != shape or part.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}")
+    if part.device != device:
+        raise ValueError(f"{name} is on {part.device}, the pool on {device}")
 
 
 def refuse_transposed(name: str, part: Tensor, shape: tuple[int, int, int, int]) -> None:

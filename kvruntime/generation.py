@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from allocator import BlockTable
-from kvruntime.arguments import check_tensors, refuse_transposed, row_numbers
+from kvruntime.arguments import check_tensor, refuse_transposed, row_numbers
 from kvruntime.errors import ScheduleError
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.workspace import Workspaces
@@ -158,10 +158,9 @@ class Generation:
                 f"of {wanted[2]} tokens, "
                 f"got layer {layer} with {q.shape[0]} rows of {q.shape[1]}"
             )
-        check_tensors(q, k, v, shape, TORCH_DTYPES[geometry.key_dtype])
+        dtype = TORCH_DTYPES[geometry.key_dtype]
         for name, part in (("q", q), ("k", k), ("v", v)):
-            if part.device != self._device:
-                raise ValueError(f"{name} is on {part.device}, the pool on {self._device}")
+            check_tensor(name, part, shape, dtype, self._device)
 
     def _advance(self) -> None:
         """This layer is served; after the last one the scale is."""

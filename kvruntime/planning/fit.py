@@ -19,11 +19,11 @@ from kvruntime.storage.layout import (
     PageLayout,
     RecordFormat,
     exact_page_size,
+    exact_unit_bytes,
     fitting_page_size,
     stored_bytes,
 )
 from policies import (
-    DTYPE_BYTES,
     Allocation,
     CacheGeometry,
     Policy,
@@ -118,7 +118,10 @@ def _page_sizes(
 
 def _in_pages(geometry: CacheGeometry, records: RecordFormat | None, page_bytes: int) -> int:
     """Tokens of a pool's pages, once they are quantised (if they ever are)."""
-    stored, unit = stored_bytes(geometry, records) // 2, 4 if records else _unit_bytes(geometry)
+    stored, unit = (
+        stored_bytes(geometry, records) // 2,
+        4 if records else exact_unit_bytes(geometry),
+    )
     size = fitting_page_size(page_bytes // 2, stored, unit)
     if records is not None:
         size = min(size, MOST_QUANTISED_TOKENS)
@@ -133,18 +136,13 @@ def _exact_in_pages(
     """Exact tokens in a pool's pages that hold ``page_size`` tokens in the end. Raises ValueError
     where one or the other does not fit.
     """
-    half, unit = page_bytes // 2, _unit_bytes(geometry)
+    half, unit = page_bytes // 2, exact_unit_bytes(geometry)
     PageLayout(page_size, half, geometry.head_dim, geometry.key_dtype, records)
     if records is None:
         return page_size
     if page_size * stored_bytes(geometry, records) == page_bytes:
         return exact_page_size(geometry, records, page_size)
     return fitting_page_size(half, unit * geometry.head_dim, unit)
-
-
-def _unit_bytes(geometry: CacheGeometry) -> int:
-    """Bytes of one of an exact token's numbers."""
-    return max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
 
 
 def _holds_exact_tokens(geometry: CacheGeometry, options: CacheOptions, page_size: int) -> bool:

@@ -109,6 +109,11 @@ def stored_bytes(geometry: CacheGeometry, records: RecordFormat | None) -> int:
     return 2 * records.num_bytes(geometry.head_dim) if records else geometry.token_bytes
 
 
+def exact_unit_bytes(geometry: CacheGeometry) -> int:
+    """Bytes of one of an exact token's numbers, the wider of K's and V's."""
+    return max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
+
+
 def exact_page_size(geometry: CacheGeometry, records: RecordFormat | None, page_size: int) -> int:
     """Exact tokens that fit the bytes of ``page_size`` records, at equal distances.
 
@@ -117,7 +122,7 @@ def exact_page_size(geometry: CacheGeometry, records: RecordFormat | None, page_
     """
     if records is None:
         return page_size
-    unit = max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
+    unit = exact_unit_bytes(geometry)
     half, token = page_size * records.num_bytes(geometry.head_dim), unit * geometry.head_dim
     count = _evenly(half, token, unit)
     if not count:

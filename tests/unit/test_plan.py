@@ -171,7 +171,8 @@ def test_memory_is_required_before_anything_is_made():
     assert caught.value.total == 80 * 2**30 < caught.value.needed
     assert f"{fits} of" in str(caught.value)
     with pytest.raises(
-        WillNeverFit, match=r": not one row fits: lower the budget, the resolution or"
+        WillNeverFit,
+        match=r": not one row fits: lower the budget, the resolution or the workspace$",
     ):
         plan("infinity-8b", 1, memory=10 * MIB)
     with pytest.raises(WillNeverFit):
