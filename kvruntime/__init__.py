@@ -19,10 +19,11 @@ for _package in (_allocator, _policies):
             "rename yours or change the order of sys.path"
         )
 
-from kvruntime.adapters import attach
+from kvruntime.adapters import Embedding, Parity, attach, check
 from kvruntime.cache import PagedKVCache
 from kvruntime.errors import (
     BackendUnavailable,
+    EmbeddingError,
     KVRuntimeError,
     OutOfPages,
     PageStateError,
@@ -44,11 +45,14 @@ __all__ = [
     "BackendUnavailable",
     "CacheGeometry",
     "CacheOptions",
+    "Embedding",
+    "EmbeddingError",
     "Generation",
     "KVRuntimeError",
     "OutOfPages",
     "PageStateError",
     "PagedKVCache",
+    "Parity",
     "Policy",
     "Pool",
     "PoolStats",
@@ -59,5 +63,6 @@ __all__ = [
     "UnsupportedModel",
     "WillNeverFit",
     "attach",
+    "check",
     "plan",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from kvruntime.generation import Generation
 from kvruntime.options import CacheOptions, check_softmax_scale
 from kvruntime.planning import WORKSPACE_LIMIT, Plan, choose_policy, make_plan, require
 from kvruntime.planning.workspace import Workspaces
-from kvruntime.sizes import LARGEST, check_positive
+from kvruntime.sizes import LARGEST, rows_by_scale
 from kvruntime.step.run import Observer, Runner
 from kvruntime.storage.memory import free_bytes
 from kvruntime.storage.pool import Pool, real_device
@@ -33,6 +33,8 @@ class PagedKVCache:
     whose queries carry their own scale. There is no default: a wrong one draws wrong pictures
     without a word.
     observer: sees every step's queries and keys (step.run.Observer).
+    own: what the model's own cache would hold, for ``baseline_bytes``, where its number formats are
+    others (autocast leaves K in float32 beside V in bfloat16).
 
     Raises ValueError for options that cannot work, BackendUnavailable, and WillNeverFit for a
     budget in bytes that is too small.
@@ -48,6 +50,7 @@ class PagedKVCache:
         pool: Pool | None = None,
         device: torch.device | str = "cpu",
         observer: Observer | None = None,
+        own: CacheGeometry | None = None,
     ) -> None:
         if options is not None and not isinstance(options, CacheOptions):
             raise ValueError(
@@ -70,7 +73,7 @@ class PagedKVCache:
         self.options = options or CacheOptions()
         self._softmax_scale = check_softmax_scale(softmax_scale)
         self._policy, self._profile_note = choose_policy(self.options, geometry, schedule)
-        self._pool = pool
+        self._pool, self._own = pool, own
         self._device = real_device(device) if pool is None else pool.device
         if pool is not None and torch.device(device).type not in ("cpu", pool.device.type):
             raise ValueError(f"device {device}, but the pool is on {pool.device}")
@@ -79,7 +82,7 @@ class PagedKVCache:
         # one row is planned now, so that a budget that cannot work is refused before anything is
         # drawn
         self._row_plan = self._make_plan(1)
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self._backend, self._backend_reason = choose_backend(
             self.options.backend, self._device, self._row_plan, self.options.paged_queries
         )
@@ -107,39 +110,44 @@ class PagedKVCache:
             "backend_reason": self._backend_reason,
         }
 
-    def plan(self, rows: int) -> Plan:
-        """What a generation of ``rows`` rows needs."""
+    def plan(self, rows: int, rows_from: Mapping[int, int] | None = None) -> Plan:
+        """What a generation of ``rows`` rows needs. rows_from: {scale: rows from there on}, for
+        samplers that drop rows half way.
+        """
         if self.options.is_shared_by_rows:
-            check_positive("rows", rows)
-            if rows not in self._plans:  # bytes of a generation: more rows, fewer tokens
-                self._plans[rows] = self._make_plan(rows)
-            return self._plans[rows].for_rows(rows)
-        return self._row_plan.for_rows(rows)
+            by_scale = rows_by_scale(len(self.schedule), rows, rows_from)
+            if by_scale not in self._plans:  # bytes of a generation: more rows, fewer tokens
+                self._plans[by_scale] = self._make_plan(rows, rows_from)
+            return self._plans[by_scale]
+        return self._row_plan.for_rows(rows, rows_from)
 
     def _plan_for(self) -> Callable[[int], Plan] | None:
         """As ``max_rows`` wants it."""
         return self.plan if self.options.is_shared_by_rows else None
 
-    def _make_plan(self, rows: int) -> Plan:
+    def _make_plan(self, rows: int, rows_from: Mapping[int, int] | None = None) -> Plan:
         return make_plan(
             self.geometry,
             self.schedule,
             self._policy,
             self.options,
             rows,
+            rows_from=rows_from,
             page_bytes=self._pool.page_bytes if self._pool else None,
             weight_bytes=self._pool.weight_bytes if self._pool else None,
             workspace_limit=self._workspace_limit,
+            own=self._own,
         )
 
-    def open(self, rows: int) -> Generation:
-        """Start a generation of ``rows`` rows (guidance rows included).
+    def open(self, rows: int, rows_from: Mapping[int, int] | None = None) -> Generation:
+        """Start a generation of ``rows`` rows (guidance rows included). rows_from: {scale: rows
+        from there on}; ``keep_rows`` goes before each of those scales.
 
         Raises ValueError for bad rows, WillNeverFit if ``memory`` or the pool is too small, and
         OutOfPages if what the pool has promised to others leaves too little now; all before
         anything is allocated.
         """
-        plan = self.plan(rows)
+        plan = self.plan(rows, rows_from)
         if self.options.memory is not None:
             assert isinstance(self.options.memory, int), "CacheOptions parses it"
             require(plan, self.options.memory, plan_for=self._plan_for())

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvruntime.adapters import attach, view
+from kvruntime.adapters import Embedding, attach, view_of
 from kvruntime.reference import FOLDER, load_model
 from kvruntime.sizes import check_positive
 from policies import Profile, ScaleSchedule
@@ -20,10 +21,11 @@ _BLOCK_NUMBERS = 2**24  # most attention weights held at a time: 64 MiB in float
 
 
 def calibrate(
-    model: nn.Module,
+    model: Any,
     draw: Callable[[], object],
     pictures: int,
     name: str,
+    embedding: Embedding | None = None,
     top_share: float = 0.1,
 ) -> Profile:
     """Run ``draw()`` on the model's uncompressed cache and measure every scale and layer.
@@ -38,11 +40,23 @@ def calibrate(
     check_positive("pictures", pictures)
     if not isinstance(name, str) or not name:
         raise ValueError(f"name must say which model it is, got {name!r}")
-    seen = view(model)
-    statistics = _Statistics(seen.schedule, len(seen.attentions), seen.softmax_scale, top_share)
-    with attach(model, "full", 1.0, observer=statistics):
+    view = view_of(model, embedding)
+    made: list[_Statistics] = []
+
+    def observe(scale: int, layer: int, first_row: int, q: Tensor, keys: Tensor) -> None:
+        schedule = attached.schedule
+        if not made:
+            layers = len(view.attentions)
+            made.append(_Statistics(schedule, layers, view.softmax_scale, top_share))
+        if made[0].schedule != schedule:
+            raise ValueError("draw() drew in two schedules: a profile is of one")
+        made[0](scale, layer, first_row, q, keys)
+
+    with attach(model, "full", 1.0, embedding=embedding, observer=observe) as attached:
         draw()
-    return statistics.profile(name, pictures)
+    if not made:
+        raise ValueError("draw() did not run the model's sampler")
+    return made[0].profile(name, pictures)
 
 
 class _Statistics:
@@ -53,7 +67,7 @@ class _Statistics:
     def __init__(
         self, schedule: ScaleSchedule, layers: int, softmax_scale: float, top_share: float
     ) -> None:
-        self._schedule = schedule
+        self.schedule = schedule
         self._softmax_scale = softmax_scale
         self._top_share = top_share
         self._rows = torch.zeros(len(schedule), layers, dtype=torch.float64)
@@ -75,7 +89,7 @@ class _Statistics:
             sums = self._sums[:, scale, layer]
             for place, mean in enumerate((mass, best, similarity)):
                 sums[place] += rows * mean
-        if scale + 1 < len(self._schedule):  # nobody compares with the last scale's
+        if scale + 1 < len(self.schedule):  # nobody compares with the last scale's
             self._last_keys[layer, first_row] = fresh.clone()
 
     def _attention(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +115,7 @@ class _Statistics:
         Linear interpolation, mean over rows, heads and tokens: neither is published.
         """
         rows, heads, _, dim = last.shape
-        sizes = self._schedule.sizes[scale - 1], self._schedule.sizes[scale]
+        sizes = self.schedule.sizes[scale - 1], self.schedule.sizes[scale]
         grid = last.transpose(2, 3).reshape(rows, heads * dim, *sizes[0])
         mode = "bilinear" if len(sizes[1]) == 2 else "trilinear"
         resized = F.interpolate(grid, sizes[1], mode=mode, align_corners=False)
@@ -125,7 +139,7 @@ class _Statistics:
         return Profile(
             version=1,
             model=name,
-            sizes=self._schedule.sizes,
+            sizes=self.schedule.sizes,
             pictures=pictures,
             selectivity=table((1.0 - mass) * best / mass.clamp_min(1e-12)),
             similarity=table(similarity),

@@ -7,6 +7,7 @@ KVRuntimeError
  +- ScheduleError       the calls do not follow the schedule, or no generation is open
  +- BackendUnavailable  an attention back end cannot run here
  +- UnsupportedModel    attach() does not recognise the model
+ +- EmbeddingError      a description of a model does not fit it
 Bad arguments raise ValueError with the value.
 """
 
@@ -44,13 +45,23 @@ class UnsupportedModel(KVRuntimeError):
         tried = "; ".join(f"{name} lacks {', '.join(lacks)}" for name, lacks in missing.items())
         super().__init__(
             f"{type(model).__name__} is not a model that attach() knows: {tried}. "
-            "Write your attention around kvruntime.PagedKVCache instead (docs/embedding.md)."
+            "Describe it with kvruntime.Embedding, or name a known one: attach(model, "
+            "embedding=kvruntime.adapters.VAR) (docs/embedding.md)."
         )
         self.missing = missing
 
 
+class EmbeddingError(KVRuntimeError):
+    """A description of a model does not fit it; the message says where, and what to change."""
+
+    def __init__(self, embedding: str, what: str) -> None:
+        super().__init__(f"{embedding}: {what}")
+        self.embedding = embedding
+
+
 __all__ = [
     "BackendUnavailable",
+    "EmbeddingError",
     "KVRuntimeError",
     "OutOfPages",
     "PageStateError",

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from allocator import BlockTable
-from kvruntime.arguments import check_tensor, refuse_transposed, row_numbers
+from kvruntime.arguments import row_numbers
+from kvruntime.calls import Place, check_append, check_call
 from kvruntime.errors import ScheduleError
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.workspace import Workspaces
-from kvruntime.stats import ScaleRecord, Stats
+from kvruntime.stats import ScaleRecord, Stats, stats_of
 from kvruntime.step.run import Runner, plainly, run_step
 from kvruntime.storage.pool import Pool
-from policies import TORCH_DTYPES
 
 
 class Generation:
@@ -90,14 +90,43 @@ class Generation:
         ones. Returns [rows, n, heads, head_dim]. Raises ScheduleError or ValueError for a call that
         does not fit, changing nothing; any other failure closes the generation. No gradients.
         """
+        out = self._step_through(
+            lambda: check_call(self._plan, self.place, self._device, layer, q, k, v),
+            lambda: self._serve(layer, q, k, v),
+        )
+        assert out is not None
+        return out
+
+    def append(self, scale: int, k: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+        """Put a scale into the cache that nobody attends from: one that was drawn before, say.
+
+        k, v: for each layer [rows, n, heads, head_dim], as ``attend`` takes them. Raises
+        ScheduleError where it is another scale's turn, or where the policy drops tokens by the
+        queries of this one; ValueError for tensors that do not fit; all before anything changes.
+        Any other failure closes the generation.
+        """
+
+        def serve() -> None:
+            for layer, (keys, values) in enumerate(zip(k, v, strict=True)):
+                self._serve(layer, None, keys, values)
+
+        self._check_boundary("append")
+        self._step_through(
+            lambda: check_append(self._plan, self.place, self._device, scale, k, v), serve
+        )
+
+    def _step_through(
+        self, check: Callable[[], None], work: Callable[[], Tensor | None]
+    ) -> Tensor | None:
+        """``work`` after ``check`` has let it in; it ends the generation if it fails."""
         step = object()
         try:
             with self._guard:
-                self._check_call(layer, q, k, v)
+                self._check_idle()
+                check()
                 self._step = step
-            with plainly(q.device.type):
-                out = self._attend(layer, q, k, v)
-            self._advance()
+            with plainly(self._device.type):
+                out = work()
             self._step = None
             return out
         except BaseException:
@@ -106,16 +135,24 @@ class Generation:
                 self._end()
             raise
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @property
+    def place(self) -> Place:
+        """What the next step is for."""
+        return Place(self._scale, self._layer, self._rows)
+
+    def _serve(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> Tensor | None:
         plan, table, runner = self._plan, self._tables[layer], self._runner
         assert runner is not None
         workspace, owned = self._workspaces.borrow(plan.scratch_bytes), table.num_owned
         out, step = None, plan.chunk_rows
         for start in range(0, self._rows, step):
             rows = slice(start, min(start + step, self._rows))
+            queries = None if q is None else q[rows]
             part, from_pages = run_step(
-                runner, workspace, table, self._scale, layer, rows, q[rows], k[rows], v[rows]
+                runner, workspace, table, self._scale, layer, rows, queries, k[rows], v[rows]
             )
+            if q is None:
+                continue
             self._page_steps += from_pages
             self._gather_steps += not from_pages
             if rows == slice(0, self._rows):
@@ -123,44 +160,14 @@ class Generation:
                 break
             if out is None:
                 out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            assert part is not None
             out[rows] = part
             del part
         self._workspaces.give_back(workspace)
         self._live_pages += table.num_owned - owned
         self._peak_pages = max(self._peak_pages, self._live_pages)
-        assert out is not None
+        self._advance()
         return out
-
-    def _check_call(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raise unless this call is the next one of the schedule."""
-        geometry, schedule = self._plan.geometry, self._plan.schedule
-        if not self._is_open:
-            raise ScheduleError("this generation is closed: open(rows) starts another")
-        if self._step is not None:
-            raise ScheduleError(
-                "a step of this generation is running already: give each thread a generation of "
-                "its own"
-            )
-        if q.ndim != 4:
-            raise ValueError(f"q must be [rows, n, heads, head_dim], got {tuple(q.shape)}")
-        if self._scale == len(schedule):
-            raise ScheduleError(f"all {self._scale} scales are done: close() and open() again")
-        tokens, heads, dim = schedule.tokens[self._scale], geometry.heads, geometry.head_dim
-        shape = (self._rows, tokens, heads, dim)
-        for name, part in (("q", q), ("k", k), ("v", v)):
-            refuse_transposed(name, part, shape)
-        if not isinstance(layer, int) or isinstance(layer, bool):
-            raise ValueError(f"layer must be an int, got {layer!r}")
-        wanted = (self._layer, self._rows, tokens)
-        if (layer, q.shape[0], q.shape[1]) != wanted:
-            raise ScheduleError(
-                f"scale {self._scale} expects layer {wanted[0]} with {wanted[1]} rows "
-                f"of {wanted[2]} tokens, "
-                f"got layer {layer} with {q.shape[0]} rows of {q.shape[1]}"
-            )
-        dtype = TORCH_DTYPES[geometry.key_dtype]
-        for name, part in (("q", q), ("k", k), ("v", v)):
-            check_tensor(name, part, shape, dtype, self._device)
 
     def _advance(self) -> None:
         """This layer is served; after the last one the scale is."""
@@ -180,10 +187,12 @@ class Generation:
         """
         self._check_boundary("fork")
         assert self._runner is not None
-        runner = replace(self._runner, plan=self._plan.for_rows(self._rows))
+        runner = replace(self._runner, plan=self._plan.thinned(self._rows, 0))
         twin = Generation(runner, self._workspaces, self._facts, self._on_close)
         try:
-            self._share_with(twin, runner.pool)
+            with runner.pool.changing():  # which knows the twin's tables, should this end half way
+                for index, table in enumerate(self._tables):
+                    twin._tables[index] = table.share()
             twin._live_pages = twin._peak_pages = self._live_pages
             twin._scale = self._scale
             twin._timeline = list(self._timeline)
@@ -192,22 +201,23 @@ class Generation:
             raise
         return twin
 
-    def _share_with(self, twin: Generation, pool: Pool) -> None:
-        with pool.changing():  # which knows the twin's tables, should this end half way
-            for index, table in enumerate(self._tables):
-                twin._tables[index] = table.share()
-
     def keep_rows(self, rows: int | Sequence[int] | NDArray[Any] | Tensor) -> None:
         """Go on with these rows alone, renumbered in the order given; the others' pages go back. An
         int keeps the first ones. Only between scales, for samplers that drop the guidance rows.
 
-        Raises ValueError for anything but distinct row numbers, masks among it.
+        Raises ValueError for anything but distinct row numbers, masks among it, and for more rows
+        than are planned from here on.
         """
         self._check_boundary("keep_rows")
         kept = row_numbers(rows, self._rows)
         assert self._runner is not None
         runner, pool = self._runner, self._runner.pool
-        plan = self._plan.for_rows(kept.size)
+        planned = self._plan.rows_by_scale[self._scale :]
+        if planned and kept.size > planned[0]:
+            raise ValueError(
+                f"{planned[0]} rows are planned from scale {self._scale} on, got {kept.size}"
+            )
+        plan = self._plan.thinned(kept.size, self._scale)
         try:
             self._thin(kept, pool, plan)
             self._live_pages = sum(table.num_owned for table in self._tables)
@@ -221,13 +231,19 @@ class Generation:
         with pool.changing():
             for table in self._tables:
                 table.keep_rows(kept)
-            pool.reserve(self, plan.peak_pages)
+            pool.reserve(self, plan.peak_pages_from(self._scale))
+
+    def _check_idle(self) -> None:
+        if not self._is_open:
+            raise ScheduleError("this generation is closed: open(rows) starts another")
+        if self._step is not None:
+            raise ScheduleError(
+                "a step of this generation is running already: give each thread a generation of "
+                "its own"
+            )
 
     def _check_boundary(self, what: str) -> None:
-        if not self._is_open:
-            raise ScheduleError(f"{what}: this generation is closed")
-        if self._step is not None:
-            raise ScheduleError(f"{what} goes between scales: a step is running")
+        self._check_idle()
         if self._layer:
             raise ScheduleError(
                 f"{what} goes between scales: scale {self._scale} has served {self._layer} of "
@@ -272,24 +288,13 @@ class Generation:
 
     @property
     def stats(self) -> Stats:
-        plan = self._plan
-        baseline = plan.baseline_bytes()
-        return Stats(
-            **self._facts,
-            **plan.page_format,
+        return stats_of(
+            self._plan,
+            self._facts,
+            rows=self._rows,
             page_steps=self._page_steps,
             gather_steps=self._gather_steps,
-            page_size=plan.page_size,
-            rows=plan.rows,
-            budget_tokens=plan.budget_tokens,
-            planned_pages=plan.peak_pages,
             peak_pages=self._peak_pages,
             live_pages=sum(table.num_owned for table in self._tables),
-            token_bytes=plan.token_bytes,
-            page_bytes=plan.page_bytes,
-            weight_bytes=plan.weight_bytes,
-            workspace_bytes=plan.workspace_bytes,
-            baseline_bytes=baseline["all_scales_bytes"],
-            history_bytes=baseline["history_bytes"],
             timeline=tuple(self._timeline),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 LARGEST = 2**30  # rows, or tokens in a page: beyond it is a slip of the hand
 _UNITS = {
@@ -41,6 +41,26 @@ def check_positive(name: str, value: object) -> None:
     """Raise ValueError unless ``value`` is a positive integer up to LARGEST."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
         raise ValueError(f"{name} must be a positive integer up to 2^30, got {value!r}")
+
+
+def rows_by_scale(
+    scales: int, rows: int, rows_from: Mapping[int, int] | None = None
+) -> tuple[int, ...]:
+    """Rows of each scale. rows_from: {scale: rows from there on}; scales that never come may be
+    named. Raises ValueError for rows that grow and for what are no positive numbers.
+    """
+    check_positive("rows", rows)
+    planned = [rows] * scales
+    for scale, left in sorted((rows_from or {}).items()):
+        if isinstance(scale, bool) or not isinstance(scale, int) or scale < 0:
+            raise ValueError(f"rows_from is {{scale: rows from there on}}, got scale {scale!r}")
+        check_positive(f"rows from scale {scale} on", left)
+        if scale < scales and left > planned[scale]:
+            raise ValueError(
+                f"rows may only go: {planned[scale]} before scale {scale}, {left} from there on"
+            )
+        planned[scale:] = [left] * (scales - scale) if scale < scales else []
+    return tuple(planned)
 
 
 def largest(fits: Callable[[int], bool], least: int, beyond: int) -> int:

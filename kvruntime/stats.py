@@ -23,8 +23,8 @@ class Stats:
 
     live_pages: its own now, shared ones included. token_bytes <= page_bytes: what the policy keeps
         after a scale, and the pages that hold it at the peak, log weights (weight_bytes) included.
-    planned_pages == peak_pages at the end; after keep_rows the former is of the rows that
-        stayed.
+    planned_pages == peak_pages at the end; where rows went that were not planned to, the former
+        counts them until they did. rows: those that are left.
     baseline_bytes: the model's own cache, all scales, without the copy that torch.cat makes;
         history_bytes: the same before the last scale.
     backend_reason: why it is this back end. page_steps, gather_steps: layers whose attention read
@@ -56,13 +56,34 @@ class Stats:
     timeline: tuple[ScaleRecord, ...]
 
 
-def stats_of(plan: Plan, facts: dict[str, Any]) -> Stats:
-    """Before the first generation: what is known already, and zeros."""
-    counts: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
+def stats_of(plan: Plan, facts: dict[str, Any], **counts: Any) -> Stats:
+    """Of a generation with this plan. facts: what all of its cache's have in common; counts: what
+    it has done.
+    """
+    baseline = plan.baseline_bytes()
     return Stats(
         **facts,
         **plan.page_format,
         **counts,
+        page_size=plan.page_size,
+        budget_tokens=plan.budget_tokens,
+        planned_pages=plan.peak_pages,
+        token_bytes=plan.token_bytes,
+        page_bytes=plan.page_bytes,
+        weight_bytes=plan.weight_bytes,
+        workspace_bytes=plan.workspace_bytes,
+        baseline_bytes=baseline["all_scales_bytes"],
+        history_bytes=baseline["history_bytes"],
+    )
+
+
+def nothing_drawn(plan: Plan, facts: dict[str, Any]) -> Stats:
+    """Before the first generation: what is known already, and zeros."""
+    zeros: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
+    return Stats(
+        **facts,
+        **plan.page_format,
+        **zeros,
         page_size=plan.page_size,
         budget_tokens=plan.budget_tokens,
         timeline=(),

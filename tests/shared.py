@@ -42,6 +42,7 @@ class Twin:
 
     def __init__(self, case, cache, generation, script=()):
         self.case, self.cache, self.generation = case, cache, generation
+        self.reserved = generation.plan.peak_pages
         self.rows = list(range(case.rows))
         self.script, self.layer = [], 0
         self.alone = case.cache(pool_of(200)).open(case.rows)
@@ -82,6 +83,7 @@ class Twin:
 
     def keep_rows(self, places):
         self.generation.keep_rows(places)
+        self.reserved = self.generation.plan.peak_pages_from(self.generation.scale)
         self._keep_alone([self.rows[place] for place in places])
 
     def fork(self):

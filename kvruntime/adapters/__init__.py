@@ -1,42 +1,60 @@
-"""attach(): put the paged cache inside someone else's model, and take it out again."""
+"""attach(): put the paged cache inside someone else's model, and take it out again. check(): may it
+be trusted?
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
 
-from kvruntime.adapters import emoji, var
+from kvruntime.adapters import emoji, infinity, var
 from kvruntime.adapters.attachment import Attachment
-from kvruntime.adapters.patching import Adapter, ModelView, patched
+from kvruntime.adapters.caches import Caches
+from kvruntime.adapters.check import Parity, Shadow, siblings_watched
+from kvruntime.adapters.embedding import Call, Embedding, View, examine
+from kvruntime.adapters.emoji import EMOJI
+from kvruntime.adapters.infinity import INFINITY
+from kvruntime.adapters.patching import patches_of, replaced
+from kvruntime.adapters.var import VAR
 from kvruntime.errors import UnsupportedModel
 from kvruntime.options import CacheOptions
 from kvruntime.step.run import Observer
 from kvruntime.storage.pool import Pool
 from policies import Policy
 
-_ADAPTERS: dict[str, Adapter] = {"FoundationVision/VAR": var, "kvruntime's bundled model": emoji}
+_KNOWN = ((VAR, var.missing), (INFINITY, infinity.missing), (EMOJI, emoji.missing))
+_CHECKED_SCALES = 4
+_checked: set[tuple[str, type]] = set()  # embeddings and classes of attention
 
 
-def view(model: nn.Module) -> ModelView:
-    """What the first fitting adapter sees in the model. Raises UnsupportedModel."""
+def view_of(model: Any, embedding: Embedding | None = None) -> View:
+    """The model through this description, or through the known one that fits. Raises
+    UnsupportedModel or EmbeddingError.
+    """
+    if embedding is not None:
+        if not isinstance(embedding, Embedding):
+            raise ValueError(f"embedding must be an Embedding, got {embedding!r}")
+        return examine(model, embedding)
     missing: dict[str, list[str]] = {}
-    for name, adapter in _ADAPTERS.items():
-        missing[name] = adapter.missing(model)
-        if not missing[name]:
-            return adapter.view(model)
+    for known, lacks in _KNOWN:
+        missing[known.name] = lacks(model)
+        if not missing[known.name]:
+            return examine(model, known)
     raise UnsupportedModel(model, missing)
 
 
 @contextmanager
 def attach(
-    model: nn.Module,
+    model: Any,
     policy: str | Policy = "scalekv",
     budget: float | str = 0.10,
     *,
+    embedding: Embedding | None = None,
+    check: bool = False,
+    key_dtype: str | None = None,
     pool: Pool | None = None,
     observer: Observer | None = None,
     **options: Any,
@@ -44,28 +62,43 @@ def attach(
     """Within the ``with`` block the model's own sampler runs on a paged cache of this policy and
     budget.
 
-    model: a FoundationVision/VAR ``VAR`` or the bundled model, unmodified. Each call of its sampler
-    is one generation; its pool is made when the first layer runs, since only then the number of
-    rows is known.
+    model: FoundationVision's VAR or Infinity or the bundled model, unmodified, or whatever
+    ``embedding`` describes. Each call of its sampler is one generation; its pool is made when the
+    first layer runs, since only then the number of rows is known.
     budget: a float is a fraction of the history in tokens (the tokens before the last scale), an
     int a token count, "2%" a share of the bytes of the model's own history, "512MiB" bytes.
+    check: compare the first scales of the first call with the model's own cache (see ``check``),
+    once for each class of attention.
+    key_dtype: "float32" keeps and computes everything in that; None: as the model's attention
+    would, V's format, under autocast autocast's.
     pool: shared with other caches; None: one of its own. observer: sees every step's queries and
     keys.
     options: profile, page_size, kv_dtype, kv_groups, kv_start, backend, paged_queries, memory,
     workspace, as in CacheOptions.
 
     Yields an Attachment with ``stats``. On exit the model is as it was, also after an exception.
-    Raises UnsupportedModel, or ValueError for arguments that cannot work, before the model is
-    touched.
+    Raises UnsupportedModel, EmbeddingError, or ValueError for arguments that cannot work, before
+    the model is touched; EmbeddingError from the sampler where it does not run as described.
     """
-    seen = view(model)
+    view = view_of(model, embedding)
     chosen = CacheOptions(policy=policy, budget=budget, **options)
-    if chosen.profile is None and isinstance(policy, str):
-        chosen = replace(chosen, profile=seen.profile())
-    attachment = Attachment(seen, chosen, pool, observer)
+    caches = Caches(view, chosen, pool, observer, _dtype(key_dtype))
+    shadow = None
+    known = (view.embedding.name, type(view.attentions[0]))
+    if check and known not in _checked:
+        shadow = Shadow(view, _CHECKED_SCALES, is_drawing=True)
+    with _attached(view, caches, shadow) as attachment:
+        yield attachment
+    if shadow is not None and not shadow.is_watching:
+        _checked.add(known)
+
+
+@contextmanager
+def _attached(view: View, caches: Caches, shadow: Shadow | None) -> Iterator[Attachment]:
+    attachment = Attachment(view, caches, shadow)
     try:
         try:
-            with patched(seen, attachment):
+            with replaced(patches_of(view, attachment)):
                 yield attachment
         finally:
             attachment.detach()
@@ -73,4 +106,38 @@ def attach(
         attachment.detach()  # again, for an interrupt in the middle of the first time
 
 
-__all__ = ["Attachment", "attach", "view"]
+def check(model: Any, draw: Callable[[], object], embedding: Embedding | None = None) -> Parity:
+    """Whether policy ``full`` computes what the model's own cache does: at every step of
+    ``draw()``, which calls the model's sampler, on the very same input. The model draws its own
+    picture.
+
+    Exact in float32 on a CPU; elsewhere kernels may round differently (adapters.check.TOLERANCE).
+    Costs the memory of the model's own cache and of ``full``, and twice the attention.
+    Raises UnsupportedModel, and EmbeddingError that says what to change in the description.
+    """
+    view = view_of(model, embedding)
+    shadow = Shadow(view, None, is_drawing=False)
+    caches = Caches(view, CacheOptions("full", 1.0), None, None, None)
+    with siblings_watched(view), _attached(view, caches, shadow):
+        draw()
+    return shadow.parity()
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name not in (None, "float32"):
+        raise ValueError(f"key_dtype must be float32 or None, got {name!r}")
+    return None if name is None else torch.float32
+
+
+__all__ = [
+    "EMOJI",
+    "INFINITY",
+    "VAR",
+    "Attachment",
+    "Call",
+    "Embedding",
+    "Parity",
+    "attach",
+    "check",
+    "view_of",
+]

@@ -3,51 +3,63 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from kvruntime.adapters.patching import ModelView
-from kvruntime.cache import PagedKVCache
-from kvruntime.errors import BackendUnavailable, ScheduleError
-from kvruntime.generation import Generation
-from kvruntime.options import CacheOptions
+from kvruntime.adapters.caches import Caches
+from kvruntime.adapters.embedding import View
+from kvruntime.adapters.interception import take_over
+from kvruntime.adapters.patching import original_of
+from kvruntime.adapters.serving import SamplerCall, Serving
+from kvruntime.errors import ScheduleError
 from kvruntime.planning import Plan
-from kvruntime.stats import Stats, stats_of
-from kvruntime.step.run import Observer
-from kvruntime.storage.pool import Pool
-from policies import CacheGeometry
+from kvruntime.stats import Stats, nothing_drawn
+from policies import ScaleSchedule
+
+
+class Watch(Protocol):
+    """Whoever compares steps with the model's own."""
+
+    is_watching: bool
+
+    def step(
+        self,
+        call: SamplerCall,
+        layer: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        ours: Callable[[], Any],
+    ) -> Any:
+        """What the layer's forward returns."""
+        ...
+
+    def begins(self, call: SamplerCall) -> None:
+        """A cache is switched on or off: a generation may begin."""
+        ...
+
+    def ends(self, call: SamplerCall, is_complete: bool) -> None: ...
 
 
 class Attachment:
     """``stats`` tells about the generation that runs or ran last. One thread draws at a time: the
-    modules of a model keep the state of one generation.
+    modules of a model keep the state of one forward.
     """
 
-    def __init__(
-        self,
-        seen: ModelView,
-        options: CacheOptions,
-        pool: Pool | None,
-        observer: Observer | None,
-    ) -> None:
-        self._view, self._options = seen, options
-        self._pool, self._observer = pool, observer
-        parameter = next(seen.model.parameters())
-        self._made_for = (parameter.dtype, parameter.device)
-        try:
-            self._cache = self._make_cache(*self._made_for)
-        except BackendUnavailable:
-            if parameter.dtype != torch.float32:
-                raise
-            self._cache = self._make_autocast_cache(parameter.device)
-        self._generation: Generation | None = None
+    def __init__(self, view: View, caches: Caches, watch: Watch | None = None) -> None:
+        self._view, self._caches, self._watch = view, caches, watch
+        self._serving = Serving(view, caches)
+        schedule = view.schedule({})
+        if schedule is not None:  # bad options are refused now
+            caches.expected(schedule)
+        self._outside = SamplerCall({}, schedule, set())  # of those who call the blocks by hand
+        self._calls = [self._outside]  # the last one is the one that runs
         self._stats: Stats | None = None
         self._is_attached = True
         self._lock = threading.RLock()  # whose owner draws
-        self._thread: threading.Thread | None = None  # whose generation is open
+        self._thread: threading.Thread | None = None  # whose generation by hand is open
 
     def is_attached(self) -> bool:
         """Whether the model's calls still come here."""
@@ -55,102 +67,168 @@ class Attachment:
 
     @property
     def stats(self) -> Stats:
-        if self._generation is not None:
-            return self._generation.stats
-        return self._stats or stats_of(self._cache.plan(1), self._cache.facts)
+        """Raises ScheduleError before the first generation of a model whose schedule only a call
+        of its sampler tells.
+        """
+        if self._serving.last is not None:
+            return self._serving.last.stats
+        if self._stats is not None:
+            return self._stats
+        cache = self._caches.latest
+        if cache is None:
+            raise ScheduleError("nothing is drawn yet, and only the sampler's arguments tell more")
+        return nothing_drawn(cache.plan(1), cache.facts)
 
-    def plan(self, pictures: int, rows_per_picture: int = 2) -> Plan:
-        """What a generation of so many pictures will need, in the number format of the weights."""
-        return self._cache.plan(pictures * rows_per_picture)
+    @property
+    def schedule(self) -> ScaleSchedule:
+        """Of the generation that runs or ran last. Raises ScheduleError where there was none."""
+        if self._serving.last is None:
+            raise ScheduleError("nothing is drawn yet")
+        return self._serving.last.plan.schedule
+
+    def plan(self, pictures: int, rows_per_picture: int = 2, **call: Any) -> Plan:
+        """What a generation of so many pictures will need, in the number format of the weights.
+        call: arguments of the sampler that decide about its schedule and rows.
+        """
+        rows = pictures * rows_per_picture
+        cache = self._caches.expected(self._serving.schedule(call))
+        return cache.plan(rows, self._view.rows_from(call, rows))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One layer's attention; the first call of a generation opens it. Under autocast V sets the
-        dtype.
+        """One layer's attention, [rows, n, heads, head_dim]; the first call of a generation opens
+        it.
         """
         with self._alone():
-            if self._generation is None or not self._generation.is_open:
-                self._open(q.shape[0], v)
-            assert self._generation is not None
-            generation = self._generation
-            out = generation.attend(layer, q.to(v.dtype), k.to(v.dtype), v)
-            if generation.scale == len(self._view.schedule):
-                generation.close()
+            return self._attend(self._calls[-1], layer, q, k, v)
+
+    def _attend(self, call: SamplerCall, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._thread = threading.current_thread()
+        return self._serving.attend(call, layer, q, k, v)
+
+    def takes(self, layer: int) -> bool:
+        """Whether a forward of this layer is a step now."""
+        if self._view.embedding.toggle is None:
+            return len(self._calls) > 1
+        return layer in self._calls[-1].is_on
+
+    def step(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the layer's forward returns."""
+        with self._alone():
+            call = self._calls[-1]
+
+            def ours() -> Any:
+                return take_over(
+                    self._view,
+                    layer,
+                    original_of(self._view.attentions[layer], "forward"),
+                    lambda: empty(self._view, layer),
+                    lambda q, k, v: self._attend(call, layer, q, k, v),
+                    args,
+                    kwargs,
+                )
+
+            watch = self._watch
+            if watch is not None and watch.is_watching:
+                out = watch.step(call, layer, args, kwargs, ours)
+            else:
+                out = ours()
+            call.steps += 1
             return out
 
-    def _open(self, rows: int, v: Tensor) -> None:
-        if self._made_for != (v.dtype, v.device):
-            self._generation = None
-            self._cache = self._make_cache(v.dtype, v.device)
-            self._made_for = (v.dtype, v.device)
-        self._generation = None
-        self._generation = self._cache.open(rows)
-        self._thread = threading.current_thread()
+    def toggled(self, layer: int, enable: bool) -> None:
+        """The sampler switches a layer's cache: whatever generation is open ends with the first."""
+        with self._alone():
+            call = self._calls[-1]
+            if layer == 0:
+                self._serving.close(call)
+                if self._watch is not None:
+                    self._watch.begins(call)
+            (call.is_on.add if enable else call.is_on.discard)(layer)
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SamplerCall:
+        """A call of the sampler. Raises EmbeddingError where its schedule is not known."""
+        with self._alone():
+            try:
+                arguments = self._view.arguments(args, kwargs)
+            except TypeError:
+                return SamplerCall({}, None, set())  # the sampler will say what is wrong with them
+            schedule = self._serving.schedule(arguments)
+            self._caches.expected(schedule)
+            return SamplerCall(arguments, schedule, set(self._calls[-1].is_on))
+
+    @contextmanager
+    def running(self, call: SamplerCall) -> Iterator[None]:
+        """This thread draws, and no other one."""
+        with self._alone():
+            if call.has_ended or not self._is_attached:
+                raise ScheduleError("this call of the sampler has ended with attach()'s block")
+            self._calls.append(call)
+            try:
+                yield
+            finally:
+                self._calls.remove(call)
+
+    def end(self, call: SamplerCall, is_complete: bool) -> None:
+        """The call has returned or failed: its generation ends."""
+        call.has_ended = True
+        if self._watch is not None:
+            self._watch.ends(call, is_complete)
+        self._serving.close(call)
+        if not is_complete:
+            self._switch_off(call)
+        for other in self._calls:
+            other.is_on &= call.is_on
+        if is_complete and not call.steps:
+            raise self._view.error(
+                f"{self._view.embedding.sampler}() returned and no attention came here: does it "
+                "cache, and do toggle and attentions name what it uses?"
+            )
+
+    def close(self) -> None:
+        """End the open generation, if any. Raises ScheduleError if it is another thread's."""
+        with self._alone():
+            self._serving.close(self._calls[-1])
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Refuse where another thread draws, or has left a generation half done."""
+        generation = self._outside.generation
         open_elsewhere = (
-            self._generation is not None
-            and self._generation.is_open
+            generation is not None
+            and generation.is_open
             and self._thread not in (None, threading.current_thread())
             and self._thread.is_alive()
         )
         if open_elsewhere or not self._lock.acquire(blocking=False):
             raise ScheduleError(
                 "another thread draws with this model, whose modules keep the state of one "
-                "generation: attach a copy of the model in each thread, or draw in turn"
+                "forward: attach a copy of the model in each thread, or draw in turn"
             )
         try:
             yield
         finally:
             self._lock.release()
 
-    @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """This thread draws, and no other one; a generation that fails is closed."""
-        with self._alone():
-            try:
-                yield
-            except BaseException:
-                self.close()
-                raise
-
-    def close(self) -> None:
-        """End the open generation, if any. Raises ScheduleError if it is another thread's."""
-        with self._alone():
-            if self._generation is not None:
-                self._generation.close()
-
     def detach(self) -> None:
-        """End the open generation and let the tensors go; ``stats`` stay. Twice is allowed."""
+        """End the open generations and let the tensors go; ``stats`` stay. Twice is allowed."""
         self._is_attached = False
-        generation = self._generation
-        if generation is not None:
-            generation.close()
-            self._stats = generation.stats
-        self._generation = None
-        self._cache.let_go()
+        for call in self._calls:
+            self._switch_off(call)
+        self._serving.let_go()
+        if self._serving.last is not None:
+            self._stats = self._serving.last.stats
+        self._serving.last = None
 
-    def _make_autocast_cache(self, device: torch.device) -> PagedKVCache:
-        """For float32 weights and a back end that cannot do that: autocast may make it a number
-        format that it can. If it does not, the first step refuses.
-        """
-        try:
-            self._made_for = (torch.bfloat16, device)
-            return self._make_cache(*self._made_for)
-        except BackendUnavailable:
-            self._made_for = (torch.float16, device)
-            return self._make_cache(*self._made_for)
+    def _switch_off(self, call: SamplerCall) -> None:
+        """What a sampler that raised, or is not done, has left switched on."""
+        toggle = self._view.embedding.toggle
+        for layer in sorted(call.is_on):
+            if toggle is not None:
+                original_of(self._view.attentions[layer], toggle)(False)
+            call.is_on.discard(layer)
 
-    def _make_cache(self, dtype: torch.dtype, device: torch.device) -> PagedKVCache:
-        seen = self._view
-        name = str(dtype).removeprefix("torch.")
-        return PagedKVCache(
-            CacheGeometry(len(seen.attentions), seen.heads, seen.head_dim, name, name),
-            seen.schedule,
-            self._options,
-            softmax_scale=seen.softmax_scale,
-            pool=self._pool,
-            device=device,
-            observer=self._observer,
-        )
+
+def empty(view: View, layer: int) -> None:
+    """A module's own cache, which stays on: its forward may ask whether it is."""
+    if view.embedding.toggle is not None:
+        original_of(view.attentions[layer], view.embedding.toggle)(True)

@@ -1,166 +1,166 @@
-"""The one place that changes a model: per-instance methods, put in on entry and taken out on
+"""The one place that changes a model: methods of single objects, put in on entry and taken out on
 exit.
 """
 
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import update_wrapper
+from inspect import getattr_static, isgenerator
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-from policies import Profile, ScaleSchedule
-
-_ABSENT = object()
-
-
-@dataclass(frozen=True, slots=True)
-class ModelView:
-    """What an adapter found in a model.
-
-    toggle: name of the attention method that starts (True) or drops (False) its own cache; while
-    that is on, ``caching`` is true on the module. project(attention, x) -> q, k, v, each [rows, n,
-    heads, head_dim]. finish(attention, out) -> what the attention module returns, from [rows, n,
-    heads, head_dim].
-    sampler: name of the model's method that runs a whole generation.
-    """
-
-    model: nn.Module
-    attentions: list[nn.Module]
-    schedule: ScaleSchedule
-    heads: int
-    head_dim: int
-    softmax_scale: float
-    toggle: str
-    sampler: str
-    project: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]
-    finish: Callable[[Any, Tensor], Tensor]
-    profile: Callable[[], Profile | None]
+from kvruntime.adapters.embedding import View
+from kvruntime.adapters.interception import ABSENT
+from kvruntime.adapters.serving import SamplerCall
 
 
-class Adapter(Protocol):
-    """A module that knows one family of models."""
-
-    def missing(self, model: nn.Module) -> list[str]:
-        """What of the family's interface the model lacks; empty if it belongs to it."""
-        ...
-
-    def view(self, model: nn.Module) -> ModelView: ...
-
-
-class Serving(Protocol):
+class Host(Protocol):
     """What a patched model talks to."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
     def is_attached(self) -> bool:
         """Whether the model's calls still come here."""
         ...
 
-    def close(self) -> None:
-        """End the open generation, if it is this thread's; refuse if it is another's."""
+    def takes(self, layer: int) -> bool:
+        """Whether a forward of this layer is a step now: its cache is on."""
         ...
 
-    def drawing(self) -> Any:
-        """A context in which this thread, and no other one, draws with the model."""
+    def step(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the layer's forward returns."""
+        ...
+
+    def toggled(self, layer: int, enable: bool) -> None:
+        """The sampler switches a layer's cache on, empty, or off."""
+        ...
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SamplerCall:
+        """The sampler is called."""
+        ...
+
+    def running(self, call: SamplerCall) -> AbstractContextManager[None]:
+        """Its code runs in this thread, from here to there."""
+        ...
+
+    def end(self, call: SamplerCall, is_complete: bool) -> None:
+        """It has returned, or failed."""
         ...
 
 
 class Patch:
-    """A method of one module instance, and the one it stands for. A copy of the model, also a
-    pickled one, gets the latter, bound to the copy.
+    """A method of one object, and the one it stands for. A copy of the object, also a pickled one,
+    gets the latter, bound to the copy.
     """
 
     def __init__(self, original: Callable[..., Any], call: Callable[..., Any]) -> None:
         update_wrapper(self, original)
-        self._original, self._call = original, call
+        self.original, self._call = original, call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._original, memo)
+        return copy.deepcopy(self.original, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _same, (self._original,)
+        return _same, (self.original,)
 
 
 def _same(original: Callable[..., Any]) -> Callable[..., Any]:
     return original
 
 
+class _ClassPatch:
+    """A method of a class that is another one for a single object."""
+
+    def __init__(self, model: Any, patch: Patch, original: Any) -> None:
+        self._model, self._patch, self.original = model, patch, original
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self._patch if instance is self._model else self.original.__get__(instance, owner)
+
+
+def original_of(owner: Any, name: str) -> Callable[..., Any]:
+    """The method as it is without any attachment."""
+    if _is_of_class(name):
+        found = getattr_static(type(owner), name)
+        while isinstance(found, _ClassPatch):
+            found = found.original
+        return found.__get__(owner, type(owner))  # type: ignore[no-any-return]
+    method = getattr(owner, name)
+    while isinstance(method, Patch):
+        method = method.original
+    return method  # type: ignore[no-any-return]
+
+
+def _is_of_class(name: str) -> bool:
+    """Whether Python looks the method up in the class, as it does "__call__"."""
+    return name.startswith("__") and name.endswith("__")
+
+
 class _Patches:
     """The patches on every attribute, oldest first; several attachments may leave in any order."""
 
     def __init__(self) -> None:
-        self._stacks: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Any]]]
-        self._stacks = weakref.WeakKeyDictionary()
+        self._stacks: dict[tuple[int, str], list[Any]] = {}  # by id: not all can be hashed
 
-    def put(self, module: nn.Module, name: str, patch: Patch) -> None:
-        stack = self._stacks.setdefault(module, {}).setdefault(name, [])
+    def put(self, owner: Any, name: str, patch: Any) -> None:
+        stack = self._stacks.setdefault((id(owner), name), [])
         if not stack:
-            stack.append(module.__dict__.get(name, _ABSENT))
+            stack.append(owner.__dict__.get(name, ABSENT))
         stack.append(patch)
-        module.__dict__[name] = patch
+        _set(owner, name, patch)
 
-    def remove(self, module: nn.Module, name: str, patch: Patch) -> None:
+    def remove(self, owner: Any, name: str, patch: Any) -> None:
         """Take one out; the newest of the others, or what was there at first, stands. Twice is
         allowed.
         """
-        stack = self._stacks.get(module, {}).get(name, [])
+        stack = self._stacks.get((id(owner), name), [])
         rest = [value for value in stack[1:] if value is not patch]
-        if stack and module.__dict__.get(name) in stack[1:]:  # else somebody put in their own
-            newest = rest[-1] if rest else stack[0]
-            if newest is _ABSENT:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = newest
+        if stack and any(owner.__dict__.get(name) is put for put in stack[1:]):
+            # else somebody put in their own
+            _set(owner, name, rest[-1] if rest else stack[0])
         if stack:
             stack[1:] = rest
             if not rest:
-                self._stacks[module].pop(name, None)
+                self._stacks.pop((id(owner), name), None)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    """In the object's own attributes, which neither properties nor torch modules see to."""
+    if isinstance(owner, type):
+        if value is ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+    elif value is ABSENT:
+        owner.__dict__.pop(name, None)
+    else:
+        owner.__dict__[name] = value
 
 
 _patches = _Patches()
 
 
-def lacking(thing: object, path: str, names: tuple[str, ...]) -> list[str]:
-    """Those of ``path.name`` that the object lacks."""
-    return [f"{path}.{name}" for name in names if not hasattr(thing, name)]
-
-
 @contextmanager
-def patched(seen: ModelView, serving: Serving) -> Iterator[None]:
-    """Route the attention modules through ``serving``; restore every attribute at the end, also
-    when an interrupt comes while that is done.
+def replaced(patches: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Put (owner, attribute, patch) in; restore every attribute at the end, also when an interrupt
+    comes while that is done.
     """
-    done: list[tuple[nn.Module, str, Patch]] = []
-    caching = [bool(attention.caching) for attention in seen.attentions]
-
-    def put(module: nn.Module, name: str, call: Callable[..., Any]) -> None:
-        patch = Patch(getattr(module, name), call)
-        done.append((module, name, patch))
-        _patches.put(module, name, patch)
+    done: list[tuple[Any, str, Any]] = []
 
     def restore() -> None:
-        for module, name, patch in done:
-            _patches.remove(module, name, patch)
-        for attention, before in zip(seen.attentions, caching, strict=True):
-            if attention.caching != before:  # a sampler that raised left its own cache switched on
-                getattr(attention, seen.toggle)(before)
+        for owner, name, patch in done:
+            _patches.remove(owner, name, patch)
 
     try:
         try:
-            for layer, attention in enumerate(seen.attentions):
-                put(attention, "forward", _forward(seen, serving, layer, attention))
-            first = seen.attentions[0]
-            put(first, seen.toggle, _starting(getattr(first, seen.toggle), serving))
-            put(seen.model, seen.sampler, _sampling(getattr(seen.model, seen.sampler), serving))
+            for owner, name, patch in patches:
+                done.append((owner, name, patch))
+                _patches.put(owner, name, patch)
             yield
         finally:
             restore()
@@ -168,41 +168,89 @@ def patched(seen: ModelView, serving: Serving) -> Iterator[None]:
         restore()  # again, for an interrupt in the middle of the first time
 
 
-def _forward(
-    seen: ModelView, serving: Serving, layer: int, attention: nn.Module
-) -> Callable[..., Any]:
-    """The attention's forward: through the paged cache while the model caches, its own
-    otherwise.
+def patches_of(view: View, host: Host) -> Iterator[tuple[Any, str, Any]]:
+    """What routes the model through ``host``."""
+    model, sampler, toggle = view.model, view.embedding.sampler, view.embedding.toggle
+    for layer, attention in enumerate(view.attentions):
+        yield attention, "forward", _forward(host, layer, attention)
+        if toggle is not None:
+            yield attention, toggle, _toggle(host, layer, attention, toggle)
+    patch = _sampler(host, model, sampler)
+    if _is_of_class(sampler):
+        others = getattr_static(type(model), sampler)
+        yield type(model), sampler, _ClassPatch(model, patch, others)
+    else:
+        yield model, sampler, patch
+
+
+def _forward(host: Host, layer: int, attention: nn.Module) -> Patch:
+    """A step while the layer's cache is on, the module's own forward otherwise."""
+    original = original_of(attention, "forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if host.is_attached() and host.takes(layer):
+            return host.step(layer, args, kwargs)
+        return original(*args, **kwargs)
+
+    return Patch(original, forward)
+
+
+def _toggle(host: Host, layer: int, attention: nn.Module, name: str) -> Patch:
+    """The switch of a layer's own cache, which stays empty."""
+    original = original_of(attention, name)
+
+    def toggle(*args: Any, **kwargs: Any) -> Any:
+        if host.is_attached():
+            enable = args[0] if args else next(iter(kwargs.values()), True)
+            host.toggled(layer, bool(enable))
+        return original(*args, **kwargs)
+
+    return Patch(original, toggle)
+
+
+def _sampler(host: Host, model: Any, name: str) -> Patch:
+    """The sampler, for one thread at a time; a generation ends with its call, also if that
+    fails.
     """
-    original = attention.forward
+    original = original_of(model, name)
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not attention.caching or not serving.is_attached():
-            return original(x, *args, **kwargs)
-        q, k, v = seen.project(attention, x)
-        return seen.finish(attention, serving.attend(layer, q, k, v))
+    def sampler(*args: Any, **kwargs: Any) -> Any:
+        if not host.is_attached():
+            return original(*args, **kwargs)
+        call = host.begin(args, kwargs)
+        try:
+            with host.running(call):
+                out = original(*args, **kwargs)
+            if isgenerator(out):
+                return Steps(out, host, call)
+        except BaseException:
+            host.end(call, is_complete=False)
+            raise
+        host.end(call, is_complete=True)
+        return out
 
-    return forward
-
-
-def _starting(toggle: Callable[..., Any], serving: Serving) -> Callable[..., Any]:
-    """The switch of the model's own cache: whatever generation is open ends there."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if serving.is_attached():
-            serving.close()
-        return toggle(*args, **kwargs)
-
-    return call
+    return Patch(original, sampler)
 
 
-def _sampling(sampler: Callable[..., Any], serving: Serving) -> Callable[..., Any]:
-    """The sampler, for one thread at a time; a generation that fails is closed."""
+class Steps(Generator[Any, Any, Any]):
+    """A sampler that yields on its way; each time that it goes on it is the one that draws."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not serving.is_attached():
-            return sampler(*args, **kwargs)
-        with serving.drawing():
-            return sampler(*args, **kwargs)
+    def __init__(self, steps: Generator[Any, Any, Any], host: Host, call: SamplerCall) -> None:
+        self._steps, self._host, self._call = steps, host, call
 
-    return call
+    def send(self, value: Any) -> Any:
+        return self._go_on(lambda: self._steps.send(value))
+
+    def throw(self, *error: Any) -> Any:
+        return self._go_on(lambda: self._steps.throw(*error))
+
+    def _go_on(self, resume: Callable[[], Any]) -> Any:
+        with self._host.running(self._call):
+            try:
+                return resume()
+            except BaseException as error:
+                self._host.end(self._call, is_complete=isinstance(error, StopIteration))
+                raise
+
+    def __del__(self) -> None:
+        self.close()  # what its own code does at the end is done as part of this call

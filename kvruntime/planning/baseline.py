@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from policies import DTYPE_BYTES, CacheGeometry, ScaleSchedule
 
 
@@ -11,20 +13,25 @@ def history_bytes(geometry: CacheGeometry, schedule: ScaleSchedule, rows: int) -
     return lanes * schedule.history * geometry.token_bytes
 
 
-def baseline_bytes(geometry: CacheGeometry, schedule: ScaleSchedule, rows: int) -> dict[str, int]:
-    """The model's own cache: before the last scale, with it, and while torch.cat copies the last
-    layer.
+def baseline_bytes(
+    geometry: CacheGeometry, schedule: ScaleSchedule, rows_by_scale: Sequence[int]
+) -> dict[str, int]:
+    """The model's own cache at its largest: before the last scale, with it, and while torch.cat
+    copies the last layer.
 
     K is concatenated before V, and each old tensor goes when its new one is there.
     """
-    numbers = rows * geometry.heads * geometry.head_dim  # of one token, one layer
+    numbers = geometry.heads * geometry.head_dim  # of one token, one layer
     key = numbers * DTYPE_BYTES[geometry.key_dtype]
     value = numbers * DTYPE_BYTES[geometry.value_dtype]
     both = geometry.layers * (key + value)
-    fresh = schedule.tokens[-1]
-    copying = max(value * schedule.history, key * schedule.history - value * fresh)
+    held, copied = [0], [0]
+    for rows, fresh, seen in zip(rows_by_scale, schedule.tokens, schedule.seen, strict=True):
+        before = seen - fresh
+        held.append(rows * both * seen)
+        copied.append(held[-1] + rows * max(value * before, key * before - value * fresh))
     return {
-        "history_bytes": both * schedule.history,
-        "all_scales_bytes": both * schedule.total,
-        "with_cat_copy_bytes": both * schedule.total + copying,
+        "history_bytes": max(held[:-1]),
+        "all_scales_bytes": max(held),
+        "with_cat_copy_bytes": max(copied),
     }

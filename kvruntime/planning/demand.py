@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from kvruntime.planning.baseline import baseline_bytes
 from kvruntime.planning.positions import Positions
 from kvruntime.planning.regions import Kind, StepRegions, StepShape, declare, output_bytes
-from kvruntime.sizes import check_positive, largest
+from kvruntime.sizes import largest, rows_by_scale
 from kvruntime.storage.layout import WEIGHT_BYTES, PageLayout, RecordFormat, stored_bytes
 from policies import CacheGeometry, Lengths, Policy, ScaleSchedule
 
@@ -23,13 +24,16 @@ WORKSPACE_LIMIT = 2**30  # bytes; one row may exceed it, more rows may not
 class Plan:
     """Exact demand of one generation.
 
+    rows_by_scale: rows of each scale, never more than of the scale before: samplers may drop the
+        guidance rows half way.
     tokens: tokens of each lane after (scale, layer), int64 [scales, layers, heads].
     quantised: whether a layer's tokens are records after a scale, bool [scales, layers].
     page_size, exact_page_size: records in a page, and exact tokens in one: pages are equally large.
     bytes_per_page, weight_bytes_per_page: of a page's K and V, and of its log weights.
     positions: what the host knows of every step.
+    own: what the model's own cache would hold, where its number formats are others.
     declared, shapes, row_shapes: what was worked out already, shared by plans of other rows.
-    Always: peak_pages == rows * max(row_pages);
+    Always: peak_pages == max over scales of rows_by_scale * max over layers of row_pages;
         page_bytes == peak_pages * (bytes_per_page + weight_bytes_per_page).
     """
 
@@ -37,7 +41,7 @@ class Plan:
     schedule: ScaleSchedule
     policy: Policy
     budget_tokens: int
-    rows: int
+    rows_by_scale: tuple[int, ...]
     workspace_limit: int
     tokens: Lengths
     quantised: NDArray[np.bool_]
@@ -47,9 +51,15 @@ class Plan:
     bytes_per_page: int  # K and V
     weight_bytes_per_page: int
     positions: Positions
+    own: CacheGeometry | None = None
     declared: dict[StepShape, StepRegions] = field(default_factory=dict, repr=False)
     shapes: dict[tuple[int, int, int], StepShape] = field(default_factory=dict, repr=False)
-    row_shapes: set[StepShape] = field(default_factory=set, repr=False)
+    row_shapes: set[tuple[int, StepShape]] = field(default_factory=set, repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the first scale: the most there are."""
+        return self.rows_by_scale[0]
 
     @cached_property
     def page_tokens(self) -> NDArray[np.int64]:
@@ -79,7 +89,19 @@ class Plan:
 
     @property
     def peak_pages(self) -> int:
-        return self.rows * int(self.row_pages.max(initial=0))
+        return self._most(self.row_pages.max(axis=1))
+
+    def peak_pages_from(self, scale: int) -> int:
+        """The most pages from the moment before that scale's first step on."""
+        before = int(self.row_pages[scale - 1, -1]) if scale else 0
+        pages = [before, *map(int, self.row_pages[scale:].max(axis=1))]
+        by_scale = (*self.rows_by_scale, self.rows_by_scale[-1])  # after the last scale too
+        rows = [by_scale[scale], *self.rows_by_scale[scale:]]
+        return max(n * held for n, held in zip(rows, pages, strict=True))
+
+    def _most(self, of_a_row: NDArray[np.int64]) -> int:
+        """The most of something that each row has so much of at each scale, [scales]."""
+        return max(rows * int(n) for rows, n in zip(self.rows_by_scale, of_a_row, strict=True))
 
     @property
     def page_bytes(self) -> int:
@@ -95,12 +117,12 @@ class Plan:
     @property
     def token_bytes(self) -> int:
         """Bytes of the tokens kept after a scale, at the worst scale: what the papers count."""
-        return self.rows * int((self.tokens.sum(axis=2) * self._unit()).sum(axis=1).max())
+        return self._most((self.tokens.sum(axis=2) * self._unit()).sum(axis=1))
 
     @property
     def peak_token_bytes(self) -> int:
         """The same at the worst (scale, layer): drafters may grow before refiners have shrunk."""
-        return self.rows * int(running_total(self.tokens.sum(axis=2) * self._unit()).max())
+        return self._most(running_total(self.tokens.sum(axis=2) * self._unit()).max(axis=1))
 
     def _unit(self) -> NDArray[np.int64]:
         """Bytes of one kept token after each scale, [scales, layers]."""
@@ -124,23 +146,23 @@ class Plan:
     @cached_property
     def scratch_bytes(self) -> int:
         """The part of the workspace that is made beforehand."""
-        return max(regions.num_bytes for _, regions in self._steps(self.chunk_rows))
+        return max(regions.num_bytes for _, _, regions in self._steps(self.chunk_rows))
 
     def _step_bytes(self, rows: int) -> int:
         steps = self._steps(rows)
-        beside = max(
-            regions.torch_bytes + output_bytes(shape, self.rows) for shape, regions in steps
-        )
-        return max(regions.num_bytes for _, regions in steps) + beside
+        beside = max(regions.torch_bytes + output_bytes(shape, of) for of, shape, regions in steps)
+        return max(regions.num_bytes for _, _, regions in steps) + beside
 
-    def _steps(self, rows: int) -> list[tuple[StepShape, StepRegions]]:
+    def _steps(self, rows: int) -> list[tuple[int, StepShape, StepRegions]]:
+        """All rows, and the shape and regions of a chunk of at most ``rows``, of every step."""
         if not self.row_shapes:
             scales, layers = range(len(self.schedule)), range(self.geometry.layers)
             # all or none of them: a policy that is asked may raise
-            shapes = {self.shape(scale, layer, 1) for scale in scales for layer in layers}
+            shapes = {(scale, self.shape(scale, layer, 1)) for scale in scales for layer in layers}
             self.row_shapes.update(shapes)
-        of_rows = [replace(shape, rows=rows) for shape in self.row_shapes]
-        return [(shape, self.regions(shape)) for shape in of_rows]
+        steps = {(self.rows_by_scale[scale], shape) for scale, shape in self.row_shapes}
+        of_rows = [(of, replace(shape, rows=min(rows, of))) for of, shape in steps]
+        return [(of, shape, self.regions(shape)) for of, shape in of_rows]
 
     def regions(self, shape: StepShape) -> StepRegions:
         """What a step of this shape works in."""
@@ -154,12 +176,18 @@ class Plan:
 
     def baseline_bytes(self) -> dict[str, int]:
         """The model's own cache of as many rows (planning.baseline)."""
-        return baseline_bytes(self.geometry, self.schedule, self.rows)
+        return baseline_bytes(self.own or self.geometry, self.schedule, self.rows_by_scale)
 
-    def for_rows(self, rows: int) -> Plan:
-        """The same generation with other rows. Raises ValueError for bad ones."""
-        check_positive("rows", rows)
-        return replace(self, rows=rows)
+    def for_rows(self, rows: int, rows_from: Mapping[int, int] | None = None) -> Plan:
+        """The same generation with other rows. rows_from: {scale: rows from there on}. Raises
+        ValueError for bad ones.
+        """
+        return replace(self, rows_by_scale=rows_by_scale(len(self.schedule), rows, rows_from))
+
+    def thinned(self, rows: int, scale: int) -> Plan:
+        """The same generation with at most so many rows from that scale on."""
+        before, after = self.rows_by_scale[:scale], self.rows_by_scale[scale:]
+        return replace(self, rows_by_scale=(*before, *(min(rows, n) for n in after)))
 
     def layout(self, quantised: bool, page_bytes: int | None = None) -> PageLayout:
         """How pages are read before and after they are quantised."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from kvruntime.options import CacheOptions
 from kvruntime.planning.baseline import history_bytes
 from kvruntime.planning.demand import WORKSPACE_LIMIT, Plan
 from kvruntime.planning.positions import Positions
-from kvruntime.sizes import check_positive, largest, parse_bytes, parse_share
+from kvruntime.sizes import largest, parse_bytes, parse_share, rows_by_scale
 from kvruntime.storage.layout import (
     MOST_QUANTISED_TOKENS,
     WEIGHT_BYTES,
@@ -45,21 +46,28 @@ def make_plan(
     options: CacheOptions,
     rows: int,
     *,
+    rows_from: Mapping[int, int] | None = None,
     page_bytes: int | None = None,
     weight_bytes: int | None = None,
     workspace_limit: int = WORKSPACE_LIMIT,
+    own: CacheGeometry | None = None,
 ) -> Plan:
     """The plan of one generation of ``rows`` rows. Allocates no tensor.
 
+    rows_from: {scale: rows from there on}, for samplers that drop rows half way. own: what the
+    model's own cache would hold, where its number formats are others.
     page_bytes, weight_bytes: of the pages of a pool that is there already; None: pages as the
     options want them.
     A budget in bytes is solved for the most tokens whose pages, at the peak, take no more, by
     bisection: where a few more tokens need fewer pages (a format that begins earlier), those may be
-    missed.
+    missed. A share is one of each row's history, so rows that go leave the others' tokens alone; a
+    size is one of the generation, so they leave them more.
     Raises ValueError for options that do not fit this model, and WillNeverFit for a budget in bytes
     that not even the smallest allocation keeps to.
     """
-    check_positive("rows", rows)
+    constant = rows_by_scale(len(schedule), rows)
+    planned = rows_by_scale(len(schedule), rows, rows_from)
+    solved = planned if options.is_shared_by_rows else constant
     limit = workspace_limit if options.workspace is None else int(options.workspace)
 
     def build(tokens: int, page_size: int) -> Plan:
@@ -68,7 +76,7 @@ def make_plan(
             schedule,
             policy,
             options,
-            rows,
+            solved,
             tokens,
             page_size,
             page_bytes,
@@ -78,7 +86,8 @@ def make_plan(
 
     sizes = _page_sizes(geometry, schedule, options, page_bytes)
     if not isinstance(options.budget, str):
-        return build(schedule.resolve(options.budget), sizes[0])
+        made = build(schedule.resolve(options.budget), sizes[0])
+        return replace(made, rows_by_scale=planned, own=own)
     share = parse_share(options.budget)
     if share is not None:
         most = int(share * history_bytes(geometry, schedule, 1)) * rows
@@ -94,7 +103,8 @@ def make_plan(
             f"{policy.name} keeps up to {least.tokens.max()} tokens of a lane at the least, in "
             f"pages of {least.page_size}: raise the budget, or ask for a kv_dtype or smaller pages",
         )
-    return max(fitting, key=lambda plan: (plan.budget_tokens, plan.start_scale, plan.page_size))
+    best = max(fitting, key=lambda plan: (plan.budget_tokens, plan.start_scale, plan.page_size))
+    return replace(best, rows_by_scale=planned, own=own)
 
 
 def _page_sizes(
@@ -180,7 +190,7 @@ def _build(
     schedule: ScaleSchedule,
     policy: Policy,
     options: CacheOptions,
-    rows: int,
+    by_scale: tuple[int, ...],
     tokens: int,
     page_size: int,
     page_bytes: int | None,
@@ -218,7 +228,7 @@ def _build(
         schedule=schedule,
         policy=policy,
         budget_tokens=tokens,
-        rows=rows,
+        rows_by_scale=by_scale,
         workspace_limit=workspace_limit,
         tokens=allocation.tokens,
         quantised=quantised,

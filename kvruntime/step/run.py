@@ -65,12 +65,12 @@ def run_step(
     scale: int,
     layer: int,
     rows: slice,
-    q: Tensor,
+    q: Tensor | None,
     k: Tensor,
     v: Tensor,
-) -> tuple[Tensor, bool]:
+) -> tuple[Tensor | None, bool]:
     """Attention [rows, n, heads, head_dim] of these rows, and whether it read the pages
-    themselves; then their lanes hold what the plan says.
+    themselves; then their lanes hold what the plan says. Without q nobody attends, nor observes.
     """
     plan, pool = runner.plan, runner.pool
     step = prepare(plan, pool, table, scale, layer, rows, workspace)
@@ -78,25 +78,25 @@ def run_step(
     pages = runner.pages(plan.was_quantised(scale, layer)) if step.shape.cached else None
     ids = None
     if pages is not None:
-        ids = page_ids(step, upload(q.device, [step.ids])[0])
-    from_pages = pages is not None and runner.backend.reads_pages(
-        pages, q.shape[1], step.shape.is_ragged
+        ids = page_ids(step, upload(k.device, [step.ids])[0])
+    from_pages = (
+        q is not None
+        and pages is not None
+        and runner.backend.reads_pages(pages, q.shape[1], step.shape.is_ragged)
     )
-    held = _read(step, runner, pages, ids, k, v, from_pages)
+    is_observed = q is not None and runner.observer is not None
+    needs = is_observed or step.shape.needs_candidates or (q is not None and not from_pages)
+    held = _read(step, pages, ids, k, v, needs)
 
-    if from_pages:
-        assert pages is not None and ids is not None
-        lanes = _lanes(runner, step, pages, ids)
-        out = runner.backend.attend_pages(q, k, v, lanes, runner.softmax_scale)
-    else:
-        out = runner.backend.attend(
-            q, held.keys, held.values, held.log_weights, runner.softmax_scale
-        )
-    if runner.observer is not None:
-        runner.observer(scale, layer, rows.start, q, held.keys)
+    out = None
+    if q is not None:
+        out = _attend(runner, step, q, k, v, held, pages, ids, from_pages)
+        if runner.observer is not None:
+            runner.observer(scale, layer, rows.start, q, held.keys)
 
     selection = None
     if step.shape.kind in (Kind.CHOOSE, Kind.FOLD):
+        assert q is not None, "Generation.append refuses those"
         selection = choose(plan, step, held, q, runner.softmax_scale)
 
     writes = _writes(step, pages, ids, held, selection, k, v)
@@ -105,18 +105,35 @@ def run_step(
     return out, from_pages
 
 
+def _attend(
+    runner: Runner,
+    step: Prepared,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    held: Held,
+    pages: Pages | None,
+    ids: Tensor | None,
+    from_pages: bool,
+) -> Tensor:
+    """Over the pages themselves, or over what was gathered."""
+    backend, softmax_scale = runner.backend, runner.softmax_scale
+    if from_pages:
+        assert pages is not None and ids is not None
+        return backend.attend_pages(q, k, v, _lanes(runner, step, pages, ids), softmax_scale)
+    return backend.attend(q, held.keys, held.values, held.log_weights, softmax_scale)
+
+
 def _read(
     step: Prepared,
-    runner: Runner,
     pages: Pages | None,
     ids: Tensor | None,
     k: Tensor,
     v: Tensor,
-    from_pages: bool,
+    needs_candidates: bool,
 ) -> Held:
     """Gathered candidates where anything looks at them; else the fresh ones as they came."""
-    looks = step.shape.needs_candidates or runner.observer is not None
-    if step.shape.gathers and (looks or not from_pages):
+    if step.shape.gathers and needs_candidates:
         return read_held(step, pages, ids, k, v)
     return Held(k.transpose(1, 2), v.transpose(1, 2), None)
 

@@ -8,7 +8,7 @@ import torch
 
 import kvruntime
 from kvruntime import CacheOptions, PagedKVCache, Pool, ScheduleError
-from kvruntime.adapters import Attachment
+from kvruntime.adapters.caches import Caches
 from tests.hazards.interrupts import Interrupts
 from tests.support import every_attribute
 
@@ -50,7 +50,7 @@ def test_h04_a_cache_that_cannot_be_made_again_is_not_needed_on_the_way_out(
     before = every_attribute(tiny_model)
     with kvruntime.attach(tiny_model, "full", 1.0):
         tiny_model.generate(LABELS, seed=1)
-        monkeypatch.setattr(Attachment, "_make_cache", lambda *_: 1 / 0)
+        monkeypatch.setattr(Caches, "_cache", lambda *_: 1 / 0)
     assert every_attribute(tiny_model) == before
 
 
@@ -88,7 +88,9 @@ def test_h17_an_interrupt_anywhere_on_the_way_in(tiny_model):
     while True:
         at += 1
         context = kvruntime.attach(tiny_model, "full", 1.0)
-        with Interrupts(at, ("patching.py", "adapters/__init__.py", "attachment.py")) as interrupts:
+        with Interrupts(
+            at, ("patching.py", "adapters/__init__.py", "attachment.py", "embedding.py")
+        ) as interrupts:
             try:
                 context.__enter__()
             except KeyboardInterrupt:
@@ -136,7 +138,7 @@ def test_h17_an_interrupt_while_pages_go_back_comes_after_them(tiny_model):
                     attached.close()
                 except KeyboardInterrupt:
                     assert interrupts.happened
-            assert not attached._generation.is_open, interrupts.where
+            assert not attached._serving.last.is_open, interrupts.where
             assert pool.stats.live_pages == 0 == pool.stats.reserved_pages, interrupts.where
             pool.check()
             if not interrupts.happened:

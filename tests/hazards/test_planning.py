@@ -17,7 +17,7 @@ from kvruntime import CacheGeometry, CacheOptions, PagedKVCache
 from kvruntime.calibration import _Statistics
 from kvruntime.catalogue import find_model
 from policies import ScaleSchedule, load_preset, make_policy
-from tests.hazards.stand_in import VAR
+from tests.look_alikes.var import VAR
 
 profiled = pytest.mark.filterwarnings("ignore")  # the profiler's own
 

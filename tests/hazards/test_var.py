@@ -7,7 +7,7 @@ import torch
 
 import kvruntime
 from policies import ScaleKV
-from tests.hazards.stand_in import VAR
+from tests.look_alikes.var import VAR
 from tests.support import every_attribute
 
 
@@ -41,7 +41,7 @@ def test_h13_under_autocast_attention_gets_the_number_format_of_v(var, dtype):
         with kvruntime.attach(var, "full", 1.0, observer=observer) as attached:
             ours = var.autoregressive_infer_cfg()
     assert set(seen) == {(dtype, dtype)}
-    assert attached.stats.page_bytes == attached._cache.plan(2).page_bytes
+    assert attached.stats.page_bytes == attached._caches.latest.plan(2).page_bytes
     error = (ours - own).abs()
     assert float(error.max()) < (0.05 if dtype == torch.bfloat16 else 0.01)
     assert float(error.mean()) < (0.005 if dtype == torch.bfloat16 else 0.001)
@@ -74,6 +74,8 @@ def test_h13_autocast_stays_outside_of_the_runtime(var):
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             with kvruntime.attach(var, ScaleKV(grid=1), 2) as attached:
-                drawn.append([attached.attend(i, *step) for step in steps for i in range(2)])
+                drawn.append(
+                    [attached.attend(i, *step.bfloat16()) for step in steps for i in range(2)]
+                )
     for ours, theirs in zip(*drawn, strict=True):
         assert torch.equal(ours, theirs)

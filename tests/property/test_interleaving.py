@@ -50,7 +50,7 @@ class PoolOfGenerations(RuleBasedStateMachine):
         self.open_now = []
 
     def reserved(self):
-        return sum(twin.generation.plan.peak_pages for twin in self.open_now)
+        return sum(twin.reserved for twin in self.open_now)
 
     def pages(self):
         owned = [table.owned() for twin in self.open_now for table in twin.generation._tables]
@@ -91,7 +91,8 @@ class PoolOfGenerations(RuleBasedStateMachine):
         twin = self.open_now[twin % len(self.open_now)]
         if not twin.is_between_scales:
             return
-        if self.reserved() + twin.generation.plan.peak_pages > self.pool.num_pages:
+        needed = twin.generation.plan.thinned(twin.generation.rows, 0).peak_pages
+        if self.reserved() + needed > self.pool.num_pages:
             with pytest.raises(OutOfPages):
                 twin.generation.fork()
             return

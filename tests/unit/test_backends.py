@@ -148,6 +148,6 @@ def test_attach_hands_the_options_on(tiny_model):
     assert stats.backend_reason == "asked for" and stats.page_steps == 0
     assert stats.gather_steps == 10 * len(tiny_model.blocks)
     assert not torch.equal(drawn, own), "4 bits are not exact"
-    late = len(attached._view.schedule) - 1
+    late = len(attached._view.schedule({})) - 1
     with kvruntime.attach(tiny_model, "full", 1.0, kv_dtype="int2", kv_start=late):
         assert torch.equal(tiny_model.generate(labels, seed=1), own), "never handed over"

@@ -35,7 +35,7 @@ def captured_steps(model, monkeypatch):
 @pytest.mark.parametrize("block_numbers", [2**24, 50_000])
 def test_statistics(tiny_model, monkeypatch, block_numbers):
     monkeypatch.setattr(kvruntime.calibration, "_BLOCK_NUMBERS", block_numbers)
-    profile = calibrate(tiny_model, lambda: tiny_model.generate(LABELS), 2, "tiny", 0.2)
+    profile = calibrate(tiny_model, lambda: tiny_model.generate(LABELS), 2, "tiny", top_share=0.2)
     assert profile.layers == 2 and profile.pictures == 2 and profile.model == "tiny"
     assert profile.selectivity[0] == profile.similarity[0] == (0.0, 0.0)
     last = {}
@@ -91,7 +91,7 @@ def test_row_chunks_do_not_change_the_profile(tiny_model, monkeypatch):
         chunks.append(limited.plan(6).chunk_rows)
         return limited
 
-    monkeypatch.setattr("kvruntime.adapters.attachment.PagedKVCache", cache)
+    monkeypatch.setattr("kvruntime.adapters.caches.PagedKVCache", cache)
     chunked = profile()
     assert chunks and all(1 < rows < 6 for rows in chunks), "several chunks"
     for name in ("selectivity", "similarity", "cached_mass"):
@@ -100,8 +100,8 @@ def test_row_chunks_do_not_change_the_profile(tiny_model, monkeypatch):
 
 
 def test_refusals(tiny_model):
-    with pytest.raises(ValueError, match="did not run every scale"):
+    with pytest.raises(ValueError, match="did not run the model's sampler"):
         calibrate(tiny_model, lambda: None, 1, "tiny")
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="top_share must be in"):
-            calibrate(tiny_model, lambda: None, 1, "tiny", share)
+            calibrate(tiny_model, lambda: None, 1, "tiny", top_share=share)

@@ -78,14 +78,14 @@ def test_pictures_of_the_bundled_model(policy):
 
 def test_what_is_not_declared_is_seen(monkeypatch):
     """Negative control: a step that keeps a copy of its queries is above the plan."""
-    attend = kvruntime.Generation._attend
+    attend = kvruntime.Generation._serve
     kept = []
 
     def wasteful(self, layer, q, k, v):
         kept.append(q.clone())
         return attend(self, layer, q, k, v)
 
-    monkeypatch.setattr(kvruntime.Generation, "_attend", wasteful)
+    monkeypatch.setattr(kvruntime.Generation, "_serve", wasteful)
     assert measure(TINY, make_policy("scalekv"), "float32", None, 1)["ratio"] > 1.02
 
 

@@ -16,18 +16,22 @@ READ = (*PACKAGES, "tests", "benchmarks")
 FLOORS = [  # of kvruntime, from the ground up: a module imports only from floors below its own
     "errors sizes arguments quality catalogue storage step reference.tokenizer reference.emoji",
     "storage.layout storage.memory storage.transfer planning.positions planning.baseline",
-    "storage.records storage.pages options reference.transformer",
-    "storage.pool planning.regions planning.roles reference reference.train",
-    "planning.workspace planning.demand attention.base attention.operators",
-    "planning.fit planning.rows stats attention.sdpa",
-    "planning attention.xformers",
+    "storage.records storage.pages options reference.transformer models.stand_ins",
+    "storage.pool planning.regions planning.roles reference reference.train models.checkout",
+    "planning.workspace planning.demand attention.base attention.operators models.var",
+    "planning.fit planning.rows stats attention.sdpa models.infinity",
+    "planning attention.xformers models",
     "attention attention.cubin step.prepare",
     "step.read step.commit",
     "step.choose step.fold step.keep step.shift",
-    "step.run device",
+    "step.run device calls",
     "generation",
-    "cache adapters.patching",
-    "adapters.attachment adapters.emoji adapters.var",
+    "cache adapters.embedding adapters.recognition",
+    "adapters.interception adapters.caches adapters.emoji adapters.var adapters.infinity",
+    "adapters.serving",
+    "adapters.patching",
+    "adapters.attachment",
+    "adapters.check",
     "adapters",
     "calibration demo.pictures demo.table demo.compare",
     "demo cli.common",
@@ -139,9 +143,8 @@ def test_only_the_attention_back_ends_may_import_xformers_or_triton():
 def test_no_pickle_but_in_training():
     for path, name in modules():
         text = path.read_text()
-        if not name.endswith("reference.train"):
-            assert "torch.load" not in text and "import pickle" not in text, name
-        assert "torch.load" not in text or "weights_only=True" in text
+        assert "import pickle" not in text or name.endswith("reference.train"), name
+        assert text.count("torch.load(") == text.count("weights_only=True"), name
 
 
 @pytest.mark.parametrize("package", READ)
@@ -161,9 +164,9 @@ def test_functions_stay_readable():
 
 PUBLIC = set(
     """
-    Allocation BackendUnavailable CacheGeometry CacheOptions Generation KVRuntimeError OutOfPages
-    PageStateError PagedKVCache Policy Pool PoolStats ScaleSchedule ScheduleError Selection Stats
-    UnsupportedModel WillNeverFit attach plan
+    Allocation BackendUnavailable CacheGeometry CacheOptions Embedding EmbeddingError Generation
+    KVRuntimeError OutOfPages PageStateError PagedKVCache Parity Policy Pool PoolStats ScaleSchedule
+    ScheduleError Selection Stats UnsupportedModel WillNeverFit attach check plan
     """.split()
 )
 

@@ -1,15 +1,20 @@
-"""A VAR with the names of upstream's classes, its arithmetic written down anew: attention on
-torch.cat and a plain softmax.
+"""Attention with the names of VAR's classes, its arithmetic written down anew: on torch.cat, with
+a plain softmax where VAR calls flash-attn or xformers, and torch's own attention else.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from policies import ScaleSchedule
+
+def written_down(q, k, v, scale):
+    """Attention all in the number format of V, as kernels do."""
+    with torch.autocast("cpu", enabled=False):
+        weights = q.to(v.dtype).float() * scale @ k.to(v.dtype).float().transpose(2, 3)
+        return (weights.softmax(-1) @ v.float()).to(v.dtype)
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     def __init__(self, heads, dim, cosine):
         super().__init__()
         self.num_heads, self.head_dim = heads, dim
@@ -24,12 +29,13 @@ class Attention(nn.Module):
         self.q_bias, self.v_bias = (nn.Parameter(torch.randn(width)) for _ in "qv")
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj, self.proj_drop = nn.Linear(width, width), nn.Identity()
+        self.using_flash, self.using_xform = False, True
         self.caching, self.cached = False, None
 
     def kv_caching(self, enable):
         self.caching, self.cached = enable, None
 
-    def forward(self, x, attn_bias=None):
+    def forward(self, x, attn_bias):
         rows, tokens, width = x.shape
         heads, dim = self.num_heads, self.head_dim
         q, k, v = (
@@ -45,34 +51,14 @@ class Attention(nn.Module):
             if self.cached is not None:
                 k, v = (torch.cat(pair, dim=2) for pair in zip(self.cached, (k, v), strict=True))
             self.cached = k, v
-        with torch.autocast("cpu", enabled=False):  # all in the number format of V, as kernels do
-            weights = q.to(v.dtype).float() * self.scale @ k.to(v.dtype).float().transpose(2, 3)
-            out = (weights.softmax(-1) @ v.float()).to(v.dtype)
+        if self.using_flash or self.using_xform:
+            out = written_down(q, k, v, self.scale)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_bias, scale=self.scale)
         return self.proj(out.transpose(1, 2).reshape(rows, tokens, width))
 
 
 class Block(nn.Module):
     def __init__(self, *sizes):
         super().__init__()
-        self.attn = Attention(*sizes)
-
-
-class VAR(nn.Module):
-    def __init__(self, cosine=False, depth=2, heads=2, dim=16, sides=(1, 2, 3)):
-        super().__init__()
-        self.patch_nums, self.width = sides, heads * dim
-        self.blocks = nn.ModuleList(Block(heads, dim, cosine) for _ in range(depth))
-
-    @torch.no_grad()
-    def autoregressive_infer_cfg(self, seed=0, rows=2):
-        generator, out = torch.Generator().manual_seed(seed), []
-        for block in self.blocks:
-            block.attn.kv_caching(True)
-        for tokens in ScaleSchedule.of(self.patch_nums).tokens:
-            x = torch.randn(rows, tokens, self.width, generator=generator)
-            for block in self.blocks:
-                x = x + block.attn(x).to(x.dtype)
-            out.append(x)
-        for block in self.blocks:
-            block.attn.kv_caching(False)
-        return torch.cat(out, 1)
+        self.attn = SelfAttention(*sizes)

@@ -1,0 +1,118 @@
+"""The generations of a sampler's calls, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kvruntime.adapters.caches import Caches
+from kvruntime.adapters.embedding import Call, View
+from kvruntime.generation import Generation
+from policies import ScaleSchedule
+
+
+@dataclass(eq=False)
+class SamplerCall:
+    """One call of the sampler: its generation is its own, however calls are nested or, where
+    they are generators, interleaved.
+
+    arguments: by name. is_on: layers whose cache is switched on. steps: layers served.
+    """
+
+    arguments: Call
+    schedule: ScaleSchedule | None
+    is_on: set[int]
+    generation: Generation | None = None
+    steps: int = 0
+    has_ended: bool = False
+
+
+class Serving:
+    """Serves the steps of calls of one model's sampler from paged caches."""
+
+    def __init__(self, view: View, caches: Caches) -> None:
+        self._view, self._caches = view, caches
+        self._open_now: list[Generation] = []
+        self.last: Generation | None = None
+
+    def schedule(self, call: Mapping[str, Any]) -> ScaleSchedule:
+        """Raises EmbeddingError where the call does not tell."""
+        schedule = self._view.schedule(call)
+        if schedule is None:
+            sampler = self._view.embedding.sampler
+            raise self._view.error(
+                f"schedule(model, call) gives none: the arguments of {sampler}() must tell, here "
+                f"{sorted(call) or 'none'}"
+            )
+        return schedule
+
+    def attend(self, call: SamplerCall, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[rows, n, heads, head_dim]; the first layer opens the generation, the last of the last
+        scale closes it.
+        """
+        if call.generation is None:
+            self._open(call, k, v)
+        assert call.generation is not None
+        generation = call.generation
+        self._check_place(generation, layer, q)
+        if q.shape[0] < generation.rows:
+            generation.keep_rows(q.shape[0])
+        dtype = self._caches.dtype(v)
+        out = generation.attend(layer, q.to(dtype), k.to(dtype), v.to(dtype))
+        if generation.scale == len(generation.plan.schedule):
+            generation.close()
+        return out.to(self._caches.attended(v))
+
+    def _open(self, call: SamplerCall, k: Tensor, v: Tensor) -> None:
+        schedule = call.schedule or self.schedule(call.arguments)
+        cache = self._caches.of(schedule, k, v)
+        rows = k.shape[0]
+        rows_from = self._view.rows_from(call.arguments, rows)
+        self.last = None
+        self.last = call.generation = cache.open(rows, rows_from)
+        self._open_now = [one for one in self._open_now if one.is_open]
+        self._open_now.append(call.generation)
+
+    def _check_place(self, generation: Generation, layer: int, q: Tensor) -> None:
+        """Raise EmbeddingError, which says what to change, for a step that is not the next one."""
+        scale, due, rows = generation.place
+        schedule, view = generation.plan.schedule, self._view
+        if scale == len(schedule):
+            raise view.error(
+                f"schedule(model, call) has {scale} scales and the model goes on: it must give all "
+                "that the sampler draws"
+            )
+        if not generation.is_open:
+            return  # it has failed: attend() says so
+        if layer != due:
+            raise view.error(
+                f"layer {layer} ran where layer {due} of scale {scale} was due: attentions(model) "
+                "must give the modules in the order they run, each once in a scale"
+            )
+        if q.shape[1] != schedule.tokens[scale]:
+            raise view.error(
+                f"scale {scale} has {schedule.tokens[scale]} tokens by schedule(model, call), the "
+                f"model came with {q.shape[1]}"
+            )
+        planned = generation.plan.rows_by_scale[scale]
+        if q.shape[0] != (rows if due else planned):
+            raise view.error(
+                f"scale {scale} is planned with {planned} rows, the model came with {q.shape[0]}: "
+                "rows(model, call, rows) must give {scale: rows from there on} of this call"
+            )
+
+    def close(self, call: SamplerCall) -> None:
+        """End the call's generation, if any."""
+        if call.generation is not None:
+            call.generation.close()
+            call.generation = None
+
+    def let_go(self) -> None:
+        """End all generations and let the tensors go."""
+        for generation in self._open_now:
+            generation.close()
+        self._open_now.clear()
+        self._caches.let_go()

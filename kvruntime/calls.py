@@ -1,0 +1,88 @@
+"""What a generation refuses: calls that do not follow its plan. Nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvruntime.arguments import check_tensor, refuse_transposed
+from kvruntime.errors import ScheduleError
+from kvruntime.planning.demand import Plan
+from kvruntime.planning.regions import Kind
+from policies import TORCH_DTYPES
+
+
+class Place(NamedTuple):
+    """What the next step is for."""
+
+    scale: int
+    layer: int
+    rows: int
+
+
+def check_call(
+    plan: Plan, place: Place, device: torch.device, layer: int, q: Tensor, k: Tensor, v: Tensor
+) -> None:
+    """Raise ScheduleError or ValueError unless this step of ``attend`` is the next one."""
+    if q.ndim != 4:
+        raise ValueError(f"q must be [rows, n, heads, head_dim], got {tuple(q.shape)}")
+    shape = _next_shape(plan, place)
+    for name, part in (("q", q), ("k", k), ("v", v)):
+        refuse_transposed(name, part, shape)
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise ValueError(f"layer must be an int, got {layer!r}")
+    if (layer, *q.shape[:2]) != (place.layer, *shape[:2]):
+        raise ScheduleError(
+            f"scale {place.scale} expects layer {place.layer} with {shape[0]} rows "
+            f"of {shape[1]} tokens, "
+            f"got layer {layer} with {q.shape[0]} rows of {q.shape[1]}"
+        )
+    dtype = TORCH_DTYPES[plan.geometry.key_dtype]
+    for name, part in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, part, shape, dtype, device)
+
+
+def check_append(
+    plan: Plan,
+    place: Place,
+    device: torch.device,
+    scale: int,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+) -> None:
+    """Raise ScheduleError or ValueError unless this whole scale may be appended now."""
+    shape = _next_shape(plan, place)
+    if scale != place.scale:
+        raise ScheduleError(f"append() of scale {scale}: the next one is {place.scale}")
+    layers, dtype = plan.geometry.layers, TORCH_DTYPES[plan.geometry.key_dtype]
+    if (len(k), len(v)) != (layers, layers):
+        raise ValueError(
+            f"k and v are one tensor for each of {layers} layers, got {len(k)}, {len(v)}"
+        )
+    kinds = [plan.shape(scale, number, 1).kind for number in range(layers)]
+    if Kind.CHOOSE in kinds or Kind.FOLD in kinds:
+        raise ScheduleError(
+            f"policy {plan.policy.name} chooses by the queries of scale {scale}, and append() has "
+            "none: draw that scale, raise the budget, or take a policy that looks at no queries"
+        )
+    for number in range(layers):
+        for name, part in ((f"k[{number}]", k[number]), (f"v[{number}]", v[number])):
+            refuse_transposed(name, part, shape)
+            check_tensor(name, part, shape, dtype, device)
+
+
+def _next_shape(plan: Plan, place: Place) -> tuple[int, int, int, int]:
+    """[rows, n, heads, head_dim] of the next step. Raises ScheduleError where there is none."""
+    if place.scale == len(plan.schedule):
+        raise ScheduleError(f"all {place.scale} scales are done: close() and open() again")
+    planned = plan.rows_by_scale[place.scale]
+    if planned < place.rows:
+        raise ScheduleError(
+            f"scale {place.scale} is planned with {planned} rows and there are {place.rows}: "
+            "keep_rows() goes first"
+        )
+    tokens = plan.schedule.tokens[place.scale]
+    return (place.rows, tokens, plan.geometry.heads, plan.geometry.head_dim)

@@ -1,0 +1,87 @@
+"""The authors' code from a checkout of their repository, and their weights from a folder."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvruntime.models.stand_ins import STAND_INS, standing_in
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model that draws.
+
+    model: for ``attach``. vae: decodes its codes. draw(pictures, seed, **settings): pictures
+    [pictures, 3, height, width] in [0, 1], with the published settings unless told otherwise.
+    """
+
+    model: nn.Module
+    vae: nn.Module
+    draw: Callable[..., Tensor]
+
+
+def import_from(repo: Path, name: str, marker: str, stand_ins: bool) -> ModuleType:
+    """A module of a checkout. marker: a file that tells that it is one.
+
+    Raises FileNotFoundError for what is no checkout, and ImportError that names what its code
+    imports and is not installed, or a package of the same name that is imported already.
+    """
+    if not (repo / marker).is_file():
+        raise FileNotFoundError(f"{repo} is no checkout: it has no {marker}")
+    root = name.split(".")[0]
+    loaded = sys.modules.get(root)
+    where = getattr(loaded, "__file__", None)
+    if where and repo.resolve() not in Path(where).resolve().parents:
+        raise ImportError(
+            f"{marker} imports its own package {root!r} and {where} is loaded under that name: "
+            "build the model in a process of its own"
+        )
+    sys.path.insert(0, str(repo))
+    try:
+        with standing_in() if stand_ins else nullcontext():
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        for part in [part for part in sys.modules if part.split(".")[0] == root]:
+            del sys.modules[part]  # half imported
+        lacks = (error.name or "?").split(".")[0]
+        advice = (
+            f"or build(..., stand_ins=True), where {STAND_INS[lacks]}"
+            if lacks in STAND_INS
+            else "nothing stands in for it"
+        )
+        raise ImportError(
+            f"the code in {repo} imports {lacks}, which is not installed: pip install "
+            f"{lacks.replace('_', '-')}, {advice}"
+        ) from error
+    finally:
+        sys.path.remove(str(repo))
+
+
+def find_weights(folder: Path, name: str, where: str) -> Path:
+    """A file or folder of weights. Raises FileNotFoundError that says who publishes it."""
+    path = folder / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: its authors publish it at {where}")
+    return path
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """A state dict, mapped from the file; code in it is refused."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
+
+
+def load_into(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError that names what the file lacks."""
+    missing, _ = model.load_state_dict(state, strict=False)
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} tensors of the model, {missing[0]} first")

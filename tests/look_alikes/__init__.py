@@ -1,0 +1,1 @@
+"""Small models with the names of others' code."""
