@@ -1,4 +1,4 @@
-"""``python -m benchmarks allocator|attention|frontier|generate|gpu|memory|soak --json FILE``."""
+"""``python -m benchmarks allocator|attention|frontier|generate|gpu|infinity|memory|soak``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import allocator, attention, frontier, generate, gpu, memory, soak
+from benchmarks import allocator, attention, frontier, generate, gpu, infinity, memory, soak
 from benchmarks.common import environment
 from benchmarks.load import beside_load as neighbour
 from benchmarks.schemas import REPORTS
@@ -135,6 +135,25 @@ def _gpu(repeats: Repeats = 5, out: Out = None) -> None:
     results = _report("gpu", out, lambda progress: gpu.run(repeats, progress), repeats)
     if not results["all_correct"]:
         _fail("a path is wrong: see correctness, error above bound", WRONG)
+
+
+@app.command("infinity")
+def _infinity(
+    repo: Annotated[Path, typer.Option(help="A checkout of FoundationVision/Infinity.")],
+    released: Annotated[
+        Path | None, typer.Option(help="A checkout of StargazerX0/ScaleKV, timed as well.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    resolution: Annotated[str, typer.Option(help="0.06M, 0.25M or 1M.")] = "1M",
+    repeats: Repeats = 3,
+    out: Out = None,
+) -> None:
+    """Whole pictures on Infinity's own code, beside its own cache."""
+
+    def run(progress: Progress) -> Any:
+        return infinity.run(repeats, progress, repo, released, dtype, resolution)
+
+    _report("infinity", out, run, repeats, dtype=dtype, resolution=resolution)
 
 
 @app.command("memory")

@@ -119,6 +119,20 @@ class Generate(Strict):
     allocated_over_plan: dict[str, float]
 
 
+class Infinity(Strict):
+    """times_faster_than_own: own cache's time over it, round by round; "released" is the authors'
+    ScaleKV. held_of_history: page bytes of what the model's own cache holds before the last scale.
+    """
+
+    dtype: str
+    resolution: str
+    seconds: dict[str, Spread]
+    times_faster_than_own: dict[str, Spread]
+    scalekv_times_faster_than_released: Spread | None
+    held_of_history: dict[str, float]
+    planned_is_peak: bool
+
+
 class Memory(Strict):
     policy: str
     dtype: str
@@ -181,6 +195,7 @@ REPORTS: dict[str, type[Report[Any]]] = {
     "frontier": Report[list[Frontier]],
     "generate": Report[Generate],
     "gpu": Report[Gpu],
+    "infinity": Report[Infinity],
     "memory": Report[list[Memory]],
     "soak": Report[Soak],
 }

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from kvruntime.extras import extra
+
+with extra("cli"):
+    from torchmetrics.functional.image import peak_signal_noise_ratio
 
 
 def psnr_db(pictures: Tensor, reference: Tensor) -> Tensor:

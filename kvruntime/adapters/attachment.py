@@ -56,6 +56,7 @@ class Attachment:
             caches.expected(schedule)
         self._outside = SamplerCall({}, schedule, set())  # of those who call the blocks by hand
         self._calls = [self._outside]  # the last one is the one that runs
+        self._begun = [self._outside]  # those that have not ended, generators among them
         self._stats: Stats | None = None
         self._is_attached = True
         self._lock = threading.RLock()  # whose owner draws
@@ -154,7 +155,9 @@ class Attachment:
                 return SamplerCall({}, None, set())  # the sampler will say what is wrong with them
             schedule = self._serving.schedule(arguments)
             self._caches.expected(schedule)
-            return SamplerCall(arguments, schedule, set(self._calls[-1].is_on))
+            call = SamplerCall(arguments, schedule, set(self._calls[-1].is_on))
+            self._begun.append(call)
+            return call
 
     @contextmanager
     def running(self, call: SamplerCall) -> Iterator[None]:
@@ -171,13 +174,13 @@ class Attachment:
     def end(self, call: SamplerCall, is_complete: bool) -> None:
         """The call has returned or failed: its generation ends."""
         call.has_ended = True
+        self._begun = [other for other in self._begun if other is not call]
         if self._watch is not None:
             self._watch.ends(call, is_complete)
         self._serving.close(call)
         if not is_complete:
             self._switch_off(call)
-        for other in self._calls:
-            other.is_on &= call.is_on
+        self._outside.is_on &= call.is_on
         if is_complete and not call.steps:
             raise self._view.error(
                 f"{self._view.embedding.sampler}() returned and no attention came here: does it "
@@ -212,7 +215,7 @@ class Attachment:
     def detach(self) -> None:
         """End the open generations and let the tensors go; ``stats`` stay. Twice is allowed."""
         self._is_attached = False
-        for call in self._calls:
+        for call in self._begun:
             self._switch_off(call)
         self._serving.let_go()
         if self._serving.last is not None:

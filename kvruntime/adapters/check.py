@@ -49,6 +49,7 @@ class Shadow:
         self._serving = Serving(view, self._caches)
         self._twins: dict[int, SamplerCall] = {}  # by id of the sampler's call
         self._steps = self._most_scales = 0
+        self._reached = (0, 0)  # scales that are done, and that there are
         self._max_error = 0.0
         self._dtype: torch.dtype | None = None
         self.is_watching = True
@@ -82,6 +83,7 @@ class Shadow:
             if self._is_drawing:
                 own = ours()
         assert twin.generation is not None
+        self._reached = (twin.generation.scale, len(twin.generation.plan.schedule))
         if twin.generation.scale == self._scales:
             self._stop()
             for number in range(len(view.attentions)):
@@ -114,12 +116,12 @@ class Shadow:
     def ends(self, call: SamplerCall, is_complete: bool) -> None:
         """Raises EmbeddingError for scales that never came."""
         twin = self._twins.pop(id(call), None)
-        if twin is None or twin.generation is None:
+        if twin is None:
             return
-        drawn, planned = twin.generation.scale, len(twin.generation.plan.schedule)
         self._serving.close(twin)
         if not is_complete or not self.is_watching:
             return
+        drawn, planned = self._reached
         if self._scales is not None:
             self._stop()
         if drawn < planned:

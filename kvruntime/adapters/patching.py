@@ -242,6 +242,8 @@ class Steps(Generator[Any, Any, Any]):
         return self._go_on(lambda: self._steps.send(value))
 
     def throw(self, *error: Any) -> Any:
+        if self._call.has_ended or not self._host.is_attached():
+            return self._steps.throw(*error)
         return self._go_on(lambda: self._steps.throw(*error))
 
     def _go_on(self, resume: Callable[[], Any]) -> Any:

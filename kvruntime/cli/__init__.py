@@ -1,4 +1,4 @@
-"""The command line: kvruntime demo, plan, doctor."""
+"""The command line: kvruntime demo, plan, check, calibrate, doctor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import typer
 
 from kvruntime.cli.demo import demo
 from kvruntime.cli.doctor import doctor
+from kvruntime.cli.models import calibrate_command, check_command
 from kvruntime.cli.plan import plan_command
 
 app = typer.Typer(
@@ -15,6 +16,8 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("plan")(plan_command)
+app.command("check")(check_command)
+app.command("calibrate")(calibrate_command)
 app.command("doctor")(doctor)
 
 

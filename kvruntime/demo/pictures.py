@@ -8,13 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from kvruntime.catalogue import VAR_256
+from kvruntime.extras import extra
 
 PICTURES_SHOWN = 8
 
 
 def _pyplot() -> Any:
     """matplotlib without a window, imported when there is something to draw."""
-    import matplotlib
+    with extra("cli"):
+        import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from kvruntime.models import infinity, var
+from kvruntime.models import emoji, infinity, var
 from kvruntime.models.checkout import Built
 
 BUILDERS = {
+    "emoji64": emoji.build,
     **{f"var-d{depth}": var.build for depth in (16, 20, 24, 30, 36)},
     **{f"infinity-{size}": infinity.build for size in ("125m", "2b", "8b")},
 }
@@ -17,7 +18,7 @@ BUILDERS = {
 
 def build(
     name: str,
-    repo: str | Path,
+    repo: str | Path | None = None,
     weights: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -27,7 +28,8 @@ def build(
 ) -> Built:
     """A published model in the code of a checkout of its authors' repository.
 
-    name: of the catalogue, var-d16 to var-d36 or infinity-125m, -2b, -8b.
+    name: of the catalogue, var-d16 to var-d36 or infinity-125m, -2b, -8b; emoji64, the bundled one,
+        needs nothing else.
     weights: a folder with the files as published; None: random ones under which the cache matters,
         for trying out. Files are mapped, and no code in them runs.
     dtype: what it draws in: float32, or that of autocast, for which Infinity's blocks are
@@ -43,8 +45,12 @@ def build(
         raise ValueError(f"unknown model {name!r}; there are {', '.join(BUILDERS)}")
     if depth is not None and weights is not None:
         raise ValueError(f"depth {depth} goes with random weights")
+    if repo is None and name != "emoji64":
+        raise ValueError(f"{name} is built by its authors' code: give repo, a checkout of it")
     folder = None if weights is None else Path(weights)
-    return BUILDERS[name](name, Path(repo), folder, torch.device(device), dtype, stand_ins, depth)
+    return BUILDERS[name](
+        name, Path(repo or "."), folder, torch.device(device), dtype, stand_ins, depth
+    )
 
 
 __all__ = ["BUILDERS", "Built", "build"]

@@ -70,6 +70,8 @@ def build(
     if dtype != torch.float32:  # as the authors do; the rest stays in float32, under autocast
         for block in model.unregistered_blocks:
             block.to(dtype)
+            if device.type == "cpu":  # where autocast leaves norms alone
+                block.ca_norm.float()
 
     def draw(
         pictures: int,

@@ -25,7 +25,7 @@ def command(*arguments):
 
 
 def shell(line):
-    python = f"{sys.executable} -m kvruntime.cli"
+    python = f"{sys.executable} -m kvruntime"
     return subprocess.run(
         ["sh", "-c", line.replace("kvruntime", python, 1)],
         capture_output=True,

@@ -205,7 +205,7 @@ def test_demo_into_a_folder_that_is_in_the_way(tmp_path):
 
 def test_a_closed_or_full_stdout_is_one_line_on_stderr():
     for target in (">&-", "> /dev/full"):
-        command = f"{sys.executable} -m kvruntime.cli plan var-d16 --json {target}"
+        command = f"{sys.executable} -m kvruntime plan var-d16 --json {target}"
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,5 +1,0 @@
-"""python -m kvruntime.cli."""
-
-from kvruntime.cli import main
-
-main()

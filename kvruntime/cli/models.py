@@ -1,0 +1,133 @@
+"""kvruntime check and kvruntime calibrate: on a published model, or on the bundled one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from kvruntime.adapters import check
+from kvruntime.calibration import calibrate
+from kvruntime.catalogue import ASPECT_RATIOS, RESOLUTIONS, infinity_schedule
+from kvruntime.cli.common import JSON, exit_codes, print_json
+from kvruntime.models import BUILDERS, Built, build
+from kvruntime.sizes import check_positive
+from policies import TORCH_DTYPES
+
+Name = Annotated[str, typer.Argument(help=f"One of {', '.join(BUILDERS)}.")]
+Repo = Annotated[Path | None, typer.Option(help="A checkout of its authors' repository.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="A folder with the published files; without, random weights.")
+]
+Device = Annotated[str, typer.Option(help="Where torch computes: cpu, cuda, cuda:1.")]
+Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(TORCH_DTYPES)}; autocast's.")]
+StandIns = Annotated[
+    bool, typer.Option(help="Put something in the place of packages that are not installed.")
+]
+Resolution = Annotated[str | None, typer.Option(help=f"Infinity: {', '.join(RESOLUTIONS)}.")]
+Aspect = Annotated[str, typer.Option(help=f"Infinity: {', '.join(ASPECT_RATIOS)}.")]
+
+
+def check_command(
+    model: Name,
+    repo: Repo = None,
+    weights: Weights = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    resolution: Resolution = None,
+    aspect: Aspect = "1.000",
+    stand_ins: StandIns = False,
+    as_json: JSON = False,
+) -> None:
+    """Compare every step of one picture with the model's own cache."""
+    with exit_codes():
+        built, settings = _built(model, repo, weights, device, dtype, resolution, aspect, stand_ins)
+        with Console(stderr=True).status("drawing a picture, each step twice"):
+            parity = check(built.model, lambda: built.draw(1, 0, **settings))
+        if as_json:
+            print_json({"model": model, **asdict(parity)})
+            return
+        how = (
+            "the same bits as its own cache"
+            if parity.max_error == 0.0
+            else f"at most {parity.max_error:.1g} of the largest number from its own cache"
+        )
+        Console().print(
+            f"{model}: {parity.steps} steps over {parity.scales} scales in {parity.dtype}, {how}"
+        )
+
+
+def calibrate_command(
+    model: Name,
+    out: Annotated[Path, typer.Option(help="The profile that is written, JSON.")],
+    pictures: Annotated[int, typer.Option(help="How many are drawn.")] = 16,
+    batch: Annotated[int, typer.Option(help="How many at once.")] = 4,
+    repo: Repo = None,
+    weights: Weights = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    resolution: Resolution = None,
+    aspect: Aspect = "1.000",
+    stand_ins: StandIns = False,
+    as_json: JSON = False,
+) -> None:
+    """Draw pictures on the whole cache and write the statistics that policies take roles from."""
+    with exit_codes():
+        check_positive("pictures", pictures)
+        check_positive("batch", batch)
+        if out.is_dir() or not out.absolute().parent.is_dir():
+            raise ValueError(f"{out} cannot be written")  # before anything is drawn
+        built, settings = _built(model, repo, weights, device, dtype, resolution, aspect, stand_ins)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("drawing", total=pictures)
+
+            def draw() -> None:
+                for first in range(0, pictures, batch):
+                    count = min(batch, pictures - first)
+                    built.draw(count, 10_000 + first, **settings)  # apart from those of tests
+                    progress.advance(bar, count)
+
+            profile = calibrate(built.model, draw, pictures, model)
+        profile.save(out)
+        if as_json:
+            print_json({"model": model, "pictures": pictures, "profile": str(out)})
+            return
+        Console().print(
+            f"{out}: statistics of {profile.layers} layers at {len(profile.sizes)} scales; use "
+            f"them with attach(model, profile={str(out)!r})"
+        )
+
+
+def _built(
+    name: str,
+    repo: Path | None,
+    weights: Path | None,
+    device: str,
+    dtype: str,
+    resolution: str | None,
+    aspect: str,
+    stand_ins: bool,
+) -> tuple[Built, dict[str, Any]]:
+    """The model, and settings for its ``draw``. Raises ValueError for what does not fit."""
+    if dtype not in TORCH_DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+    settings: dict[str, Any] = {}
+    if name.startswith("infinity"):
+        own = "0.06M" if name == "infinity-125m" else "1M"
+        settings["schedule"] = infinity_schedule(resolution or own, aspect)
+    elif resolution or aspect != "1.000":
+        raise ValueError(f"{name} has one schedule: resolution and aspect ratio are for Infinity")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    try:
+        built = build(name, repo, weights, device, TORCH_DTYPES[dtype], stand_ins=stand_ins)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    return built, settings
