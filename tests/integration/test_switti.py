@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -53,24 +54,31 @@ class Fourier(torch.nn.Module):
         return torch.cat((turned.sin(), turned.cos()), dim=1)
 
 
+@contextmanager
+def encoders_left_out():
+    """Names that its code imports from what we do not use: text encoders, pictures as PIL's."""
+    wanted = {
+        "diffusers": {},
+        "diffusers.models": {},
+        "diffusers.models.embeddings": {"GaussianFourierProjection": Fourier},
+        "tap": {"Tap": object},
+        "transformers": {"CLIPTextModel": object, "CLIPTokenizer": object},
+        "torchvision.transforms": {"ToPILImage": object},
+    }
+    for name, attributes in wanted.items():
+        module = sys.modules.setdefault(name, ModuleType(name))
+        for attribute, value in attributes.items():
+            setattr(module, attribute, value)
+    yield
+
+
 @pytest.fixture(scope="module")
 def pipeline():
     if not (Path(CHECKOUT) / "models" / "switti.py").exists():
         pytest.fail(f"{CHECKOUT} is not a checkout of yandex-research/switti")
-    embeddings = ModuleType("diffusers.models.embeddings")
-    embeddings.GaussianFourierProjection = Fourier
-    diffusers = {"diffusers": ModuleType("diffusers"), "diffusers.models": ModuleType("d.m")}
-    sys.modules.update(diffusers | {"diffusers.models.embeddings": embeddings})
-    clip = ModuleType("models.clip")
-    clip.FrozenCLIPEmbedder = object  # transformers; we encode no text
     sys.path.insert(0, CHECKOUT)
-    with standing_in():
-        transforms = sys.modules.get("torchvision.transforms")
-        if transforms is not None and not hasattr(transforms, "ToPILImage"):
-            transforms.ToPILImage = object
+    with standing_in(), encoders_left_out():
         import models
-
-        sys.modules["models.clip"] = clip
         from models.pipeline import SwittiPipeline
         from models.switti import Switti
         from models.vqvae import VQVAE

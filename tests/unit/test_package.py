@@ -62,13 +62,16 @@ def test_what_is_missing_is_said_when_it_is_used(use, says):
 
 
 def test_import_is_quick():
-    """Beyond torch, the best of three."""
-    times = []
+    """0.24 s where torch takes 1.1; as a share of that, since tests have neighbours."""
+    shares = []
     for _ in range(3):
         done = python("import torch, kvruntime", "-X", "importtime", cwd=ROOT)
-        total = re.search(r"\|\s+(\d+) \| kvruntime$", done.stderr, re.M)
-        times.append(int(total[1]) / 1e6)
-    assert min(times) < 0.3, times
+        ours, torchs = (
+            int(re.search(rf"\|\s+(\d+) \| {name}$", done.stderr, re.M)[1])
+            for name in ("kvruntime", "torch")
+        )
+        shares.append(ours / torchs)
+    assert min(shares) < 0.27, shares
 
 
 @pytest.fixture(scope="module")
