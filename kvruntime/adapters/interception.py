@@ -75,14 +75,21 @@ def run_own(
     attributes, flags = view.attentions[layer].__dict__, view.embedding.flags
     before = {name: attributes.get(name, ABSENT) for name in flags}
     try:
-        attributes.update(flags)
-        return forward(*args, **kwargs)
+        try:
+            attributes.update(flags)
+            return forward(*args, **kwargs)
+        finally:
+            _put_back(attributes, before)
     finally:
-        for name, value in before.items():
-            if value is ABSENT:
-                attributes.pop(name, None)
-            else:
-                attributes[name] = value
+        _put_back(attributes, before)  # again, for an interrupt in the middle of the first time
+
+
+def _put_back(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:
+    for name, value in before.items():
+        if value is ABSENT:
+            attributes.pop(name, None)
+        else:
+            attributes[name] = value
 
 
 class _Catch(TorchFunctionMode):

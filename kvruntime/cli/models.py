@@ -58,7 +58,8 @@ def check_command(
             else f"at most {parity.max_error:.1g} of the largest number from its own cache"
         )
         Console().print(
-            f"{model}: {parity.steps} steps over {parity.scales} scales in {parity.dtype}, {how}"
+            f"{model}: {parity.steps} steps over {parity.scales} scales in {parity.dtype}, {how}",
+            soft_wrap=True,
         )
 
 
@@ -98,8 +99,9 @@ def calibrate_command(
             print_json({"model": model, "pictures": pictures, "profile": str(out)})
             return
         Console().print(
-            f"{out}: statistics of {profile.layers} layers at {len(profile.sizes)} scales; use "
-            f"them with attach(model, profile={str(out)!r})"
+            f"{out}: statistics of {profile.layers} layers at {len(profile.sizes)} scales, for "
+            "attach(model, profile=...)",
+            soft_wrap=True,
         )
 
 

@@ -2,24 +2,22 @@
 
     KVRUNTIME_VAR=/path/to/VAR python -m pytest tests/integration -s
 
-wants a checkout and an environment that can import it (torch, huggingface_hub). Upstream's first
-weights hide attention (adaLN gammas of 1e-5, a near-zero head), so larger ones are drawn. CI skips
-this, and says so.
+wants a checkout. Upstream's first weights hide attention (adaLN gammas of 1e-5, a near-zero head),
+so larger ones are drawn. CI skips this, and says so.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import kvruntime
 from kvruntime.calibration import calibrate
+from kvruntime.models import build
 from tests.support import every_attribute
 
 CHECKOUT = os.environ.get("KVRUNTIME_VAR", "")
@@ -34,26 +32,11 @@ PICTURES, SEED = 1, 7
 
 @pytest.fixture(scope="module")
 def var():
-    if not (Path(CHECKOUT) / "models" / "var.py").exists():
-        pytest.fail(f"{CHECKOUT} is not a checkout of FoundationVision/VAR")
-    sys.path.insert(0, CHECKOUT)
-    from models.var import VAR
-    from models.vqvae import VQVAE
-
+    """With xformers installed and a stand-in for flash-attn, which raises when it is called."""
     torch.manual_seed(0)
-    vae = VQVAE(vocab_size=4096, z_channels=32, ch=160, test_mode=True, share_quant_resi=4)
-    model = VAR(
-        vae_local=vae,
-        num_classes=1000,
-        depth=16,
-        embed_dim=1024,
-        num_heads=16,
-        shared_aln=False,
-        attn_l2_norm=True,
-    )
-    model.init_weights(init_adaln=0.5, init_adaln_gamma=0.5, init_head=1.0)
-    vae.eval()
-    return model.eval()
+    model = build("var-d16", CHECKOUT, stand_ins=True).model
+    assert all(block.attn.using_xform and block.attn.using_flash for block in model.blocks)
+    return model
 
 
 def own_attention(model):
@@ -71,12 +54,11 @@ def draw(model, seed=SEED):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_full_is_bit_identical_and_detach_restores(var, autocast):
     """In float32, and as upstream's demo runs it, under autocast (K float32, V bfloat16)."""
-    found = [block.attn.using_xform for block in var.blocks]
     own_attention(var)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         own = draw(var)
-        for block, flag in zip(var.blocks, found, strict=True):
-            block.attn.using_xform = flag  # attach() must not depend on what upstream found
+        for block in var.blocks:  # attach() must not depend on what upstream found
+            block.attn.using_xform = block.attn.using_flash = True
         before = every_attribute(var)
         for _ in range(2):
             with kvruntime.attach(var, "full", 1.0) as attached:
@@ -85,6 +67,8 @@ def test_full_is_bit_identical_and_detach_restores(var, autocast):
                 stats = attached.stats
                 assert stats.planned_pages == stats.peak_pages > 0 == stats.live_pages
             assert every_attribute(var) == before
+        parity = kvruntime.check(var, lambda: draw(var))
+        assert (parity.steps, parity.max_error) == (160, 0.0)
         own_attention(var)
         assert torch.equal(draw(var), own)
 

@@ -1,0 +1,132 @@
+"""A foreign forward while its attention is taken over: interrupts, nesting, threads, copies."""
+
+import copy
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kvruntime
+from tests.hazards.interrupts import Interrupts
+from tests.look_alikes.described import PAINTER, TEXT, everything
+from tests.look_alikes.painter import Painter
+
+FILES = ("interception.py", "attachment.py", "serving.py", "patching.py", "caches.py", "check.py")
+
+
+@pytest.fixture
+def painter():
+    made = Painter(depth=1)
+    made.net.blocks[0].attention.fast = True
+    return made
+
+
+FLAGGED = replace(PAINTER, flags={"fast": False})
+
+
+def masked():
+    """An attention call that the runtime would refuse."""
+    q = torch.ones(1, 1, 2, 8)
+    return F.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_an_interrupt_anywhere_leaves_nothing_behind(painter, check, monkeypatch):
+    """At every third line that runs while a picture is drawn."""
+    monkeypatch.setattr(kvruntime.adapters, "_checked", set())
+    own, before = painter(TEXT, scales=2, guided=1), everything(painter)
+    at, places = 1, set()
+    while True:
+        with kvruntime.attach(painter, "full", 1.0, embedding=FLAGGED, check=check) as attached:
+            with Interrupts(at, FILES) as interrupts:
+                try:
+                    painter(TEXT, scales=2, guided=1)
+                except KeyboardInterrupt:
+                    pass
+            assert painter.net.blocks[0].attention.fast is True, interrupts.where
+            assert attached.stats.live_pages == 0, interrupts.where
+            assert masked().shape == (1, 1, 2, 8), interrupts.where
+            assert torch.equal(painter(TEXT, scales=2, guided=1), own), interrupts.where
+        assert everything(painter) == before, interrupts.where
+        if not interrupts.happened:
+            break
+        places.add(interrupts.where)
+        at += 3
+    assert len(places) > 60
+
+
+def test_the_newest_attachment_serves_alone(painter):
+    """The older one's mode would take the call of the newer one's forward."""
+    seen = {"outer": 0, "inner": 0}
+
+    def note(name):
+        def observer(*_):
+            seen[name] += 1
+
+        return observer
+
+    own = painter(TEXT)
+    with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER, observer=note("outer")):
+        with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER, observer=note("inner")):
+            assert torch.equal(painter(TEXT), own)
+        assert seen == {"outer": 0, "inner": 5}
+        assert torch.equal(painter(TEXT), own)
+    assert seen == {"outer": 5, "inner": 5}
+
+
+def test_attention_in_other_threads_is_their_own(painter):
+    """A mode is one of a thread."""
+    found = []
+
+    def observer(*_):
+        thread = threading.Thread(target=lambda: found.append(masked()))
+        thread.start()
+        thread.join(60)
+
+    with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER, observer=observer):
+        painter(TEXT)
+    assert len(found) == 5
+
+
+def test_other_calls_of_the_forward_go_their_way(painter):
+    """Cross-attention in between is torch's, and so is everything that an observer computes."""
+    results = []
+    with kvruntime.attach(
+        painter, "full", 1.0, embedding=PAINTER, observer=lambda *_: results.append(masked())
+    ):
+        painter(TEXT)
+    assert len(results) == 5
+
+
+def test_a_copy_made_while_a_forward_runs_draws_by_itself(painter):
+    own, copies = painter(TEXT), []
+
+    def observer(*_):
+        copies.append(copy.deepcopy(painter.net))
+
+    with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER, observer=observer):
+        painter(TEXT)
+    twin = Painter(depth=1)
+    twin.net = copies[2]
+    assert torch.equal(twin(TEXT), own)
+
+
+def test_in_inference_mode_and_with_gradients(painter):
+    own = painter(TEXT)
+    painter.net.requires_grad_(True)
+    with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER):
+        with torch.inference_mode():
+            assert torch.equal(painter(TEXT), own)
+        with torch.enable_grad():
+            assert torch.equal(painter(TEXT), own)
+
+
+def test_doubles_stay_doubles_under_autocast(painter):
+    """Autocast leaves them alone, and no page holds one."""
+    painter.net.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="dtype 'float64' is not one of"):
+            with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER):
+                pass
