@@ -17,7 +17,7 @@ from kvruntime.reference import FOLDER, load_model
 from kvruntime.sizes import check_positive
 from policies import Profile, ScaleSchedule
 
-_BLOCK_NUMBERS = 2**24  # most attention weights held at a time: 64 MiB in float32
+_BLOCK_NUMBERS = 2**23  # most attention weights held at a time: 32 MiB in float32
 
 
 def calibrate(
@@ -32,8 +32,9 @@ def calibrate(
 
     draw: calls the model's own sampler once or more; all rows of all calls are averaged over.
     pictures: how many it draws, for the record. top_share: K' of ScaleKV's index as a share of the
-    history (K' is not published). Costs about one more attention pass; holds at most 2^24 attention
-    weights at a time.
+    history (K' is not published). Costs about one more attention pass. Holds, beside the whole
+    cache, one scale's keys of all layers, float32 copies of one layer's, and 14 bytes for each of
+    at most 2^23 attention weights at a time (112 MiB).
     """
     if not 0.0 < top_share <= 1.0:
         raise ValueError(f"top_share must be in (0, 1], got {top_share}")

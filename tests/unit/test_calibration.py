@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 
 import kvruntime.calibration
+from benchmarks.memory import peak_allocated_bytes
 from kvruntime import PagedKVCache
 from kvruntime.calibration import calibrate
 from kvruntime.reference.tokenizer import PATCH_SIDES
 from kvruntime.reference.transformer import SelfAttention
+from tests.look_alikes.described import PAINTER
+from tests.look_alikes.painter import SIDES, Painter
 
 LABELS = torch.tensor([0, 1])
 
@@ -32,7 +35,7 @@ def captured_steps(model, monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize("block_numbers", [2**24, 50_000])
+@pytest.mark.parametrize("block_numbers", [2**23, 50_000])
 def test_statistics(tiny_model, monkeypatch, block_numbers):
     monkeypatch.setattr(kvruntime.calibration, "_BLOCK_NUMBERS", block_numbers)
     profile = calibrate(tiny_model, lambda: tiny_model.generate(LABELS), 2, "tiny", top_share=0.2)
@@ -105,3 +108,40 @@ def test_refusals(tiny_model):
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="top_share must be in"):
             calibrate(tiny_model, lambda: None, 1, "tiny", top_share=share)
+
+
+def test_memory_is_bounded_as_stated(tiny_model, monkeypatch):
+    """Beside the whole cache: one scale's keys of all layers, float32 copies of one layer's, and
+    14 bytes for each weight that is held at a time.
+    """
+    block = 20_000
+    monkeypatch.setattr(kvruntime.calibration, "_BLOCK_NUMBERS", block)
+
+    def draw():
+        tiny_model.generate(LABELS)
+
+    def on_the_whole_cache():
+        with kvruntime.attach(tiny_model, "full", 1.0):
+            draw()
+
+    whole = peak_allocated_bytes(on_the_whole_cache)
+    measured = peak_allocated_bytes(lambda: calibrate(tiny_model, draw, 2, "tiny"))
+    keys = 4 * 2 * 16 * 4 * 256  # rows, heads, head_dim, bytes, tokens of the last scale
+    assert measured - whole <= 2 * keys + 4 * keys + 14 * max(block, 4 * 2 * 680) + 2**16
+
+
+def test_a_profile_is_of_one_schedule():
+    painter = Painter()
+    text = torch.zeros(1, 2, 8)
+
+    def draw():
+        painter(text)
+        painter(text, scales=3)
+
+    with pytest.raises(ValueError, match="drew in two schedules"):
+        calibrate(painter, draw, 1, "painter", PAINTER)
+    profile = calibrate(painter, lambda: painter(text, guided=2), 1, "painter", PAINTER)
+    assert profile.sizes == tuple((side, side) for side in SIDES) and profile.layers == 2
+    with kvruntime.attach(painter, "scalekv", 20, embedding=PAINTER, profile=profile) as attached:
+        painter(text)
+    assert attached.stats.profile == "given"

@@ -32,9 +32,10 @@ def masked():
     return F.scaled_dot_product_attention(q, q, q, attn_mask=torch.zeros(2, 2))
 
 
+@pytest.mark.parametrize("step", [9, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize("check", [False, True])
-def test_an_interrupt_anywhere_leaves_nothing_behind(painter, check, monkeypatch):
-    """At every third line that runs while a picture is drawn."""
+def test_an_interrupt_anywhere_leaves_nothing_behind(painter, check, step, monkeypatch):
+    """At every so many lines that run while a picture is drawn."""
     monkeypatch.setattr(kvruntime.adapters, "_checked", set())
     own, before = painter(TEXT, scales=2, guided=1), everything(painter)
     at, places = 1, set()
@@ -53,8 +54,8 @@ def test_an_interrupt_anywhere_leaves_nothing_behind(painter, check, monkeypatch
         if not interrupts.happened:
             break
         places.add(interrupts.where)
-        at += 3
-    assert len(places) > 60
+        at += step
+    assert len(places) > (60 if step == 2 else 30)
 
 
 def test_the_newest_attachment_serves_alone(painter):
@@ -121,6 +122,25 @@ def test_in_inference_mode_and_with_gradients(painter):
             assert torch.equal(painter(TEXT), own)
         with torch.enable_grad():
             assert torch.equal(painter(TEXT), own)
+
+
+def test_what_is_float32_under_autocast_is_cast_as_torchs_attention_does(painter):
+    """Values too, where a module computes them so: kept in bfloat16, and the result is."""
+    attention = painter.net.blocks[0].attention
+    attention.qkv.register_forward_hook(lambda module, inputs, out: out.float())
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        own = painter(TEXT)
+        with kvruntime.attach(
+            painter,
+            "full",
+            1.0,
+            embedding=PAINTER,
+            observer=lambda scale, layer, row, q, keys: seen.append((q.dtype, keys.dtype)),
+        ) as attached:
+            assert torch.equal(painter(TEXT), own)
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert attached.stats.baseline_bytes == 2 * 66 * 2 * 64 * 4  # as the model itself keeps them
 
 
 def test_doubles_stay_doubles_under_autocast(painter):
