@@ -13,10 +13,10 @@ import torch
 from kvruntime.adapters import emoji, infinity, var
 from kvruntime.adapters.attachment import Attachment
 from kvruntime.adapters.caches import Caches
-from kvruntime.adapters.check import Parity, Shadow, siblings_watched
 from kvruntime.adapters.embedding import Call, Embedding, View, examine
 from kvruntime.adapters.emoji import EMOJI
 from kvruntime.adapters.infinity import INFINITY
+from kvruntime.adapters.parity import Parity, Shadow, siblings_watched
 from kvruntime.adapters.patching import patches_of, replaced
 from kvruntime.adapters.var import VAR
 from kvruntime.errors import UnsupportedModel
@@ -111,7 +111,7 @@ def check(model: Any, draw: Callable[[], object], embedding: Embedding | None = 
     ``draw()``, which calls the model's sampler, on the very same input. The model draws its own
     picture.
 
-    Exact in float32 on a CPU; elsewhere kernels may round differently (adapters.check.TOLERANCE).
+    Exact in float32 on a CPU; elsewhere kernels may round differently (adapters.parity.TOLERANCE).
     Costs the memory of the model's own cache and of ``full``, and twice the attention.
     Raises UnsupportedModel, and EmbeddingError that says what to change in the description.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 
 from kvruntime.adapters.embedding import View
 
@@ -43,12 +43,14 @@ def take_over(
     catch = _Catch(view, layer, attend)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        with catch:
+        try:  # a `with` may be interrupted before it leaves
             try:
-                catch.is_armed = True
+                catch.__enter__()  # type: ignore[no-untyped-call]
                 return forward(*args, **kwargs)
             finally:
-                catch.is_armed = False  # an interrupt may leave it on the thread's stack
+                _withdraw(catch)
+        finally:
+            _withdraw(catch)  # again, for an interrupt in the middle of the first time
 
     try:
         empty()
@@ -92,13 +94,19 @@ def _put_back(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:
             attributes[name] = value
 
 
+def _withdraw(mode: TorchFunctionMode) -> None:
+    """Take it from the thread's stack of modes, if it is there."""
+    while mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+        _pop_mode()  # type: ignore[no-untyped-call]
+
+
 class _Catch(TorchFunctionMode):
     """Hands the one attention call of a forward to ``attend``."""
 
     def __init__(self, view: View, layer: int, attend: Attend) -> None:
         super().__init__()
         self._view, self._layer, self._attend = view, layer, attend
-        self.is_armed, self.calls = False, 0
+        self.calls = 0
 
     def __torch_function__(
         self,
@@ -107,7 +115,7 @@ class _Catch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is not _SDPA or not self.is_armed:
+        if func is not _SDPA:
             return func(*args, **(kwargs or {}))
         self.calls += 1
         return self._attention(*args, **(kwargs or {}))

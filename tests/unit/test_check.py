@@ -8,6 +8,7 @@ import torch
 import kvruntime
 import kvruntime.adapters
 from kvruntime import EmbeddingError
+from kvruntime.adapters import parity
 from tests.look_alikes.described import PAINTER, STEPS, TEXT, everything
 from tests.look_alikes.painter import Painter
 
@@ -51,6 +52,28 @@ class TestCheckWhileAttached:
             assert cache._watch is not None and not cache._watch.is_watching
             assert torch.equal(painter(TEXT), wanted)
         assert everything(painter) == before
+
+    def test_the_first_four_scales_alone(self, painter, monkeypatch):
+        """Then the model's own cache is dropped, and so is the whole one beside it."""
+        layers, run_own = [], parity.run_own
+
+        def note(view, layer, *rest):
+            layers.append(layer)
+            return run_own(view, layer, *rest)
+
+        monkeypatch.setattr(parity, "run_own", note)
+        held = []
+
+        def look(*_):
+            held.append(any(one.memory is not None for one in attentions))
+
+        attentions = [block.attention for block in painter.net.blocks]
+        hook = painter.net.blocks[0].norm.register_forward_pre_hook(look)
+        with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER, check=True):
+            painter(TEXT)
+        hook.remove()
+        assert layers == [0, 1] * 4
+        assert held[::2] == [False, True, True, True, False]
 
     def test_once_for_each_class(self, painter):
         for is_watched in (True, False):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvruntime
-from kvruntime import ScheduleError
+from kvruntime import EmbeddingError, ScheduleError
 from tests.look_alikes.described import PAINTER, STEPS, TEXT, everything
 from tests.look_alikes.painter import SIDES, Painter, rotated
 
@@ -141,7 +141,101 @@ def test_project_and_finish_in_place_of_the_call(painter, layout):
     assert kvruntime.check(painter, lambda: painter(TEXT), embedding).max_error == 0.0
 
 
+def test_its_own_cache_is_empty_between_the_layers(painter):
+    """It is on, and holds nothing: neither what it read nor what it wrote."""
+    seen = []
+
+    def look(*_):
+        seen.extend((one.remembers, one.memory) for one in attentions)
+
+    attentions = [block.attention for block in painter.net.blocks]
+    hooks = [block.norm.register_forward_pre_hook(look) for block in painter.net.blocks]
+    with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER):
+        painter(TEXT)
+    for hook in hooks:
+        hook.remove()
+    assert set(seen) == {(True, None)}
+
+
+def test_a_cache_that_is_switched_off_by_a_flag(painter):
+    """Where no method does it: every forward during the sampler is a step, and no other."""
+    embedding = replace(PAINTER, toggle=None, flags={"remembers": False})
+    own, x = painter(TEXT), torch.randn(1, 4, 64)
+    attention = painter.net.blocks[0].attention
+    angles = torch.zeros(4, 16)
+    alone = attention(x, angles)
+    with kvruntime.attach(painter, "full", 1.0, embedding=embedding) as attached:
+        assert torch.equal(attention(x, angles), alone)
+        assert attached.stats.rows == 0
+        assert torch.equal(painter(TEXT), own)
+    assert attached.stats.planned_pages == attached.stats.peak_pages > 0
+
+
+def test_what_attention_returns_is_in_the_models_format(painter):
+    q = torch.randn(1, 1, 2, 32).bfloat16()
+    embedding = replace(PAINTER, rows=lambda painter, call, rows: {})
+    with kvruntime.attach(
+        painter, "full", 1.0, embedding=embedding, key_dtype="float32"
+    ) as attached:
+        assert attached.attend(0, q.float(), q.float(), q).dtype == torch.bfloat16
+        assert attached._outside.generation.plan.geometry.key_dtype == "float32"
+
+
+class ByHand(Painter):
+    """Its sampler leaves it to others to switch the caches."""
+
+    def first(self, text):
+        x = torch.randn(2, 1, self.width, generator=torch.Generator().manual_seed(0))
+        for block in self.net.blocks:
+            x = block(x, torch.zeros(1, self.dim // 2), text)
+        return x
+
+    def switch(self, on):
+        for block in self.net.blocks:
+            block.attention.remember(on)
+
+
+def test_caches_that_are_switched_by_hand():
+    """Before the sampler is called; what the sampler switches off is off afterwards."""
+    painter = ByHand()
+    embedding = replace(PAINTER, rows=lambda painter, call, rows: {})
+    by_hand = replace(embedding, sampler="first", schedule=lambda painter, call: SIDES)
+    own = painter.first(TEXT)
+    with kvruntime.attach(painter, "full", 1.0, embedding=by_hand) as attached:
+        painter.switch(True)
+        assert torch.equal(painter.first(TEXT), own)
+        assert attached.stats.rows == 2 and attached.stats.live_pages == 0
+        painter.switch(False)
+        with pytest.raises(EmbeddingError, match=r"first\(\) returned and no attention came here"):
+            painter.first(TEXT)
+    with kvruntime.attach(painter, "full", 1.0, embedding=embedding) as attached:
+        painter.switch(True)
+        painter(TEXT, guided=99)
+        served = attached.stats
+        assert torch.equal(painter.first(TEXT), own)
+        assert attached.stats == served
+
+
+def test_arguments_that_a_sampler_takes_by_any_name(painter):
+    """They are the call's as well."""
+
+    class Wrapped(Painter):
+        def __call__(self, text, **settings):
+            return super().__call__(text, **settings)
+
+    painter.__class__ = Wrapped
+    own = painter(TEXT, guided=2, scales=4)
+    with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER) as attached:
+        assert torch.equal(painter(TEXT, guided=2, scales=4), own)
+    assert attached.stats.planned_pages == attached.stats.peak_pages
+
+
 class TestGenerators:
+    def test_one_that_is_done_without_a_step_says_so(self, painter):
+        with kvruntime.attach(painter, "full", 1.0, embedding=replace(STEPS, toggle="train")):
+            with pytest.raises(EmbeddingError, match="no attention came here"):
+                list(painter.steps(TEXT))
+
     def test_each_step_of_a_sampler_that_yields(self, painter):
         own = list(painter.steps(TEXT))
         with kvruntime.attach(painter, "full", 1.0, embedding=STEPS) as attached:

@@ -81,6 +81,27 @@ def test_infinity_tells_nothing_before_a_call(infinity):
             infinity.unregistered_blocks[0].sa(torch.zeros(2, 1, 64), None, None, SQUARE, None, 0)
 
 
+def test_infinity_refuses_what_cannot_work_before_anything_runs(infinity):
+    """Once the call has told the schedule, and before its first layer."""
+    ran = []
+    hook = infinity.unregistered_blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    with kvruntime.attach(infinity, "streaming_llm", 4):
+        with pytest.raises(ValueError, match="leaves nothing beside 4 sinks"):
+            infinity.autoregressive_infer_cfg(TALL)
+    hook.remove()
+    assert not ran
+
+
+def test_infinity_keeps_memory_for_one_schedule_at_a_time(infinity):
+    """And plans for eight."""
+    with kvruntime.attach(infinity, "full", 1.0) as attached:
+        for side in range(2, 13):
+            infinity.autoregressive_infer_cfg([(1, 1, 1), (1, side, side)])
+            made = attached._caches._made.values()
+            assert sum(len(cache._idle_pools) for cache in made) == 1
+        assert len(made) <= 8
+
+
 def test_infinity_stops_early_without_a_leak(infinity):
     own = infinity.autoregressive_infer_cfg(TALL, trunk_scale=2)
     with kvruntime.attach(infinity, "full", 1.0) as attached:

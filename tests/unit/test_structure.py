@@ -31,7 +31,7 @@ FLOORS = [  # of kvruntime, from the ground up: a module imports only from floor
     "adapters.serving",
     "adapters.patching",
     "adapters.attachment",
-    "adapters.check",
+    "adapters.parity",
     "adapters",
     "calibration demo.pictures demo.table demo.compare",
     "demo cli.common",
