@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from kvruntime.models import emoji, infinity, var
-from kvruntime.models.checkout import Built
+from kvruntime.models.checkout import Built, Wanted
 
 BUILDERS = {
     "emoji64": emoji.build,
@@ -48,9 +48,8 @@ def build(
     if repo is None and name != "emoji64":
         raise ValueError(f"{name} is built by its authors' code: give repo, a checkout of it")
     folder = None if weights is None else Path(weights)
-    return BUILDERS[name](
-        name, Path(repo or "."), folder, torch.device(device), dtype, stand_ins, depth
-    )
+    wanted = Wanted(name, Path(repo or "."), folder, torch.device(device), dtype, stand_ins, depth)
+    return BUILDERS[name](wanted)
 
 
 __all__ = ["BUILDERS", "Built", "build"]

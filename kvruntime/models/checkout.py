@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from kvruntime.models.stand_ins import STAND_INS, standing_in
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What ``build`` was asked for: its arguments, checked."""
+
+    name: str
+    repo: Path
+    weights: Path | None
+    device: torch.device
+    dtype: torch.dtype
+    stand_ins: bool
+    depth: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +43,13 @@ class Built:
     draw: Callable[..., Tensor]
 
 
-def import_from(repo: Path, name: str, marker: str, stand_ins: bool) -> ModuleType:
-    """A module of a checkout. marker: a file that tells that it is one.
+def import_from(wanted: Wanted, name: str, marker: str) -> ModuleType:
+    """A module of the checkout. marker: a file that tells that it is one.
 
     Raises FileNotFoundError for what is no checkout, and ImportError that names what its code
     imports and is not installed, or a package of the same name that is imported already.
     """
+    repo = wanted.repo
     if not (repo / marker).is_file():
         raise FileNotFoundError(f"{repo} is no checkout: it has no {marker}")
     root = name.split(".")[0]
@@ -48,7 +62,7 @@ def import_from(repo: Path, name: str, marker: str, stand_ins: bool) -> ModuleTy
         )
     sys.path.insert(0, str(repo))
     try:
-        with standing_in() if stand_ins else nullcontext():
+        with standing_in() if wanted.stand_ins else nullcontext():
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         for part in [part for part in sys.modules if part.split(".")[0] == root]:
@@ -65,6 +79,13 @@ def import_from(repo: Path, name: str, marker: str, stand_ins: bool) -> ModuleTy
         ) from error
     finally:
         sys.path.remove(str(repo))
+
+
+def autocast(wanted: Wanted) -> AbstractContextManager[object]:
+    """What the model draws in."""
+    if wanted.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(wanted.device.type, wanted.dtype)
 
 
 def find_weights(folder: Path, name: str, where: str) -> Path:

@@ -5,7 +5,6 @@ scripts/ and notebooks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,8 @@ from torch import Tensor
 from kvruntime.catalogue import find_model, infinity_schedule
 from kvruntime.models.checkout import (
     Built,
+    Wanted,
+    autocast,
     find_weights,
     import_from,
     load_into,
@@ -46,30 +47,23 @@ _SIZES = {
 }
 
 
-def build(
-    name: str,
-    repo: Path,
-    weights: Path | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    stand_ins: bool,
-    depth: int | None = None,
-) -> Built:
-    """As the package's ``build``. depth: of a smaller model, for trying out."""
-    size = _SIZES[name]
+def build(wanted: Wanted) -> Built:
+    """As the package's ``build``."""
+    weights, device = wanted.weights, wanted.device
+    size = _SIZES[wanted.name]
     files = []
     if weights is not None:
         files = [find_weights(weights, file, PUBLISHED) for file in (size.vae, size.weights)]
-    vae = _tokenizer(size, repo, files[0] if files else None, stand_ins)
-    model = _transformer(name, size, repo, vae, depth, stand_ins)
+    vae = _tokenizer(wanted, size, files[0] if files else None)
+    model = _transformer(wanted, size, vae)
     if files:
         _load(model, files[1])
     vae.to(device).eval().requires_grad_(False)
     model.to(device).eval().requires_grad_(False)
     model.rng = torch.Generator(device=device)
-    if dtype != torch.float32:  # as the authors do; the rest stays in float32, under autocast
+    if wanted.dtype != torch.float32:  # as the authors do; the rest stays as it is
         for block in model.unregistered_blocks:
-            block.to(dtype)
+            block.to(wanted.dtype)
             if device.type == "cpu":  # where autocast leaves norms alone
                 block.ca_norm.float()
 
@@ -93,7 +87,7 @@ def build(
             "top_p": 0.97,
         } | settings
         given = random_text(pictures, seed) if text is None else text
-        cast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+        cast = autocast(wanted)
         with torch.inference_mode(), cast:
             *_, images = model.autoregressive_infer_cfg(
                 vae=vae,
@@ -112,12 +106,10 @@ def build(
     return Built(model, vae, draw)
 
 
-def _tokenizer(size: _Size, repo: Path, file: Path | None, stand_ins: bool) -> Any:
-    tokenizer = import_from(
-        repo, "infinity.models.bsq_vae.vae", "infinity/models/bsq_vae/vae.py", stand_ins
-    )
+def _tokenizer(wanted: Wanted, size: _Size, file: Path | None) -> Any:
+    code = import_from(wanted, "infinity.models.bsq_vae.vae", "infinity/models/bsq_vae/vae.py")
     stages = [1, 2, 4, 4] if size.is_patchified else [1, 2, 4, 4, 4]
-    return tokenizer.vae_model(
+    return code.vae_model(
         {} if file is None else str(file),
         "dynamic",
         size.code_bits,
@@ -129,12 +121,10 @@ def _tokenizer(size: _Size, repo: Path, file: Path | None, stand_ins: bool) -> A
     )
 
 
-def _transformer(
-    name: str, size: _Size, repo: Path, vae: Any, depth: int | None, stand_ins: bool
-) -> Any:
-    code = import_from(repo, "infinity.models.infinity", "infinity/models/infinity.py", stand_ins)
-    geometry = find_model(name).geometry
-    layers = depth or geometry.layers
+def _transformer(wanted: Wanted, size: _Size, vae: Any) -> Any:
+    code = import_from(wanted, "infinity.models.infinity", "infinity/models/infinity.py")
+    geometry = find_model(wanted.name).geometry
+    layers = wanted.depth or geometry.layers
     return code.Infinity(
         vae_local=vae,
         text_channels=TEXT_CHANNELS,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +10,8 @@ from torch import Tensor
 from kvruntime.catalogue import find_model
 from kvruntime.models.checkout import (
     Built,
+    Wanted,
+    autocast,
     find_weights,
     import_from,
     load_into,
@@ -22,24 +22,17 @@ PUBLISHED = "https://huggingface.co/FoundationVision/var/tree/main"
 VAE = "vae_ch160v4096z32.pth"
 
 
-def build(
-    name: str,
-    repo: Path,
-    weights: Path | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    stand_ins: bool,
-    depth: int | None = None,
-) -> Built:
-    """As the package's ``build``. depth: of a smaller model, for trying out."""
+def build(wanted: Wanted) -> Built:
+    """As the package's ``build``."""
+    name, weights, device = wanted.name, wanted.weights, wanted.device
     files = []
     if weights is not None:
         names = (VAE, f"{name.replace('-', '_')}.pth")
         files = [find_weights(weights, file, PUBLISHED) for file in names]
-    models = import_from(repo, "models", "models/var.py", stand_ins)
+    models = import_from(wanted, "models", "models/var.py")
     known = find_model(name)
     sides = tuple(size[0] for size in known.schedule.sizes)
-    layers = depth or known.geometry.layers
+    layers = wanted.depth or known.geometry.layers
     vae = models.VQVAE(
         vocab_size=4096,
         z_channels=32,
@@ -71,7 +64,7 @@ def build(
         """Of classes seed, seed + 1 and so on unless label_B is given."""
         labels = torch.arange(seed, seed + pictures, device=device) % 1000
         chosen = {"label_B": labels, "cfg": 4.0, "top_k": 900, "top_p": 0.95} | settings
-        cast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+        cast = autocast(wanted)
         with torch.inference_mode(), cast:
             return model.autoregressive_infer_cfg(B=pictures, g_seed=seed, **chosen)  # type: ignore[no-any-return]
 

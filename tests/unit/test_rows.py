@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvruntime import CacheGeometry, CacheOptions, PagedKVCache, Pool, ScheduleError
+from kvruntime.planning import make_plan
 from kvruntime.planning.regions import Kind
 from kvruntime.sizes import rows_by_scale
 from kvruntime.step import shift
@@ -99,6 +100,22 @@ def test_a_scale_that_is_planned_with_fewer_rows_needs_them_gone():
         generation.attend(0, *steps(SCHEDULE, 2, 1, 0))
 
 
+def test_more_rows_may_go_than_were_planned_to():
+    cache = cache_of()
+    with cache.open(4, {1: 3, 3: 1}) as generation:
+        draw(generation, SCHEDULE, [0])
+        generation.keep_rows(2)
+        assert generation.plan.rows_by_scale == (4, 2, 2, 1, 1)
+        for scale in (1, 2):
+            for layer in range(2):
+                generation.attend(layer, *steps(SCHEDULE, 2, scale, layer))
+        twin_plan = generation.plan.thinned(2, 0)
+        assert twin_plan.rows_by_scale == (2, 2, 2, 1, 1)
+        generation.keep_rows(1)
+        draw(generation, SCHEDULE, [3, 4])
+        assert generation.stats.planned_pages == generation.stats.peak_pages
+
+
 def test_a_pool_keeps_no_room_for_rows_that_have_gone():
     cache = cache_of()
     whole, few = cache.plan(4, {2: 1}), cache.plan(1)
@@ -122,6 +139,16 @@ def test_bytes_of_a_generation_buy_more_tokens_where_rows_go():
     assert sized.plan(4, {1: 2}).budget_tokens > sized.plan(4).budget_tokens
     assert sized.plan(4, {1: 2}).page_bytes <= 32768
     assert shared.plan(4, {1: 2}).budget_tokens == shared.plan(4).budget_tokens
+
+
+def test_a_share_is_solved_for_rows_that_stay():
+    options = CacheOptions("streaming_llm", "30%", page_size=4)
+    made = [
+        make_plan(GEOMETRY, SCHEDULE, make_policy("streaming_llm"), options, 4, rows_from=rows)
+        for rows in (None, {1: 2})
+    ]
+    assert made[0].budget_tokens == made[1].budget_tokens
+    assert [plan.rows_by_scale for plan in made] == [(4,) * 5, (4, 2, 2, 2, 2)]
 
 
 def test_the_workspace_is_that_of_the_rows_that_are_left():
