@@ -19,6 +19,8 @@ def check_tensor(
     device: torch.device,
 ) -> None:
     """Raise ValueError unless it is of this shape [rows, n, heads, head_dim], dtype and device."""
+    if not isinstance(part, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {part!r}")
     if part.shape != shape or part.dtype != dtype:
         raise ValueError(f"{name} must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}")
     if part.device != device:

@@ -55,7 +55,7 @@ def check_append(
 ) -> None:
     """Raise ScheduleError or ValueError unless this whole scale may be appended now."""
     shape = _next_shape(plan, place)
-    if scale != place.scale:
+    if isinstance(scale, bool) or scale != place.scale:
         raise ScheduleError(f"append() of scale {scale}: the next one is {place.scale}")
     layers, dtype = plan.geometry.layers, TORCH_DTYPES[plan.geometry.key_dtype]
     if (len(k), len(v)) != (layers, layers):

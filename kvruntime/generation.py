@@ -111,6 +111,7 @@ class Generation:
                 self._serve(layer, None, keys, values)
 
         self._check_boundary("append")
+        k, v = list(k), list(v)
         self._step_through(
             lambda: check_append(self._plan, self.place, self._device, scale, k, v), serve
         )

@@ -4,6 +4,7 @@ be trusted?
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ from policies import Policy
 
 _KNOWN = ((VAR, var.missing), (INFINITY, infinity.missing), (EMOJI, emoji.missing))
 _CHECKED_SCALES = 4
-_checked: set[tuple[str, type]] = set()  # embeddings and classes of attention
+_checked: weakref.WeakKeyDictionary[Embedding, set[type]] = weakref.WeakKeyDictionary()
 
 
 def view_of(model: Any, embedding: Embedding | None = None) -> View:
@@ -68,7 +69,7 @@ def attach(
     budget: a float is a fraction of the history in tokens (the tokens before the last scale), an
     int a token count, "2%" a share of the bytes of the model's own history, "512MiB" bytes.
     check: compare the first scales of the first call with the model's own cache (see ``check``),
-    once for each class of attention.
+    once for each description and class of attention.
     key_dtype: "float32" keeps and computes everything in that; None: as the model's attention
     would, V's format, under autocast autocast's.
     pool: shared with other caches; None: one of its own. observer: sees every step's queries and
@@ -80,17 +81,19 @@ def attach(
     Raises UnsupportedModel, EmbeddingError, or ValueError for arguments that cannot work, before
     the model is touched; EmbeddingError from the sampler where it does not run as described.
     """
+    if observer is not None and not callable(observer):
+        raise ValueError(f"observer must be a function, got {observer!r}")
     view = view_of(model, embedding)
     chosen = CacheOptions(policy=policy, budget=budget, **options)
     caches = Caches(view, chosen, pool, observer, _dtype(key_dtype))
     shadow = None
-    known = (view.embedding.name, type(view.attentions[0]))
-    if check and known not in _checked:
+    checked = _checked.setdefault(view.embedding, set())
+    if check and type(view.attentions[0]) not in checked:
         shadow = Shadow(view, _CHECKED_SCALES, is_drawing=True)
     with _attached(view, caches, shadow) as attachment:
         yield attachment
     if shadow is not None and not shadow.is_watching:
-        _checked.add(known)
+        checked.add(type(view.attentions[0]))
 
 
 @contextmanager

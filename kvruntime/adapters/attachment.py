@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -59,7 +60,7 @@ class Attachment:
         self._begun = [self._outside]  # those that have not ended, generators among them
         self._stats: Stats | None = None
         self._is_attached = True
-        self._lock = threading.RLock()  # whose owner draws
+        self._lock = _lock_of(view)  # whose owner draws
         self._thread: threading.Thread | None = None  # whose generation by hand is open
 
     def is_attached(self) -> bool:
@@ -83,17 +84,17 @@ class Attachment:
     @property
     def schedule(self) -> ScaleSchedule:
         """Of the generation that runs or ran last. Raises ScheduleError where there was none."""
-        if self._serving.last is None:
+        if self._serving.drawn is None:
             raise ScheduleError("nothing is drawn yet")
-        return self._serving.last.plan.schedule
+        return self._serving.drawn
 
     def plan(self, pictures: int, rows_per_picture: int = 2, **call: Any) -> Plan:
         """What a generation of so many pictures will need, in the number format of the weights.
         call: arguments of the sampler that decide about its schedule and rows.
         """
-        rows = pictures * rows_per_picture
-        cache = self._caches.expected(self._serving.schedule(call))
-        return cache.plan(rows, self._view.rows_from(call, rows))
+        rows, arguments = pictures * rows_per_picture, self._view.some_arguments(call)
+        cache = self._caches.expected(self._serving.schedule(arguments))
+        return cache.plan(rows, self._view.rows_from(arguments, rows))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One layer's attention, [rows, n, heads, head_dim]; the first call of a generation opens
@@ -106,10 +107,14 @@ class Attachment:
         self._thread = threading.current_thread()
         return self._serving.attend(call, layer, q, k, v)
 
+    def is_drawing(self) -> bool:
+        """Whether a call of the sampler runs here."""
+        return self._is_attached and len(self._calls) > 1
+
     def takes(self, layer: int) -> bool:
         """Whether a forward of this layer is a step now."""
         if self._view.embedding.toggle is None:
-            return len(self._calls) > 1
+            return self.is_drawing()
         return layer in self._calls[-1].is_on
 
     def step(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,17 +180,28 @@ class Attachment:
         """The call has returned or failed: its generation ends."""
         call.has_ended = True
         self._begun = [other for other in self._begun if other is not call]
-        if self._watch is not None:
-            self._watch.ends(call, is_complete)
-        self._serving.close(call)
-        if not is_complete:
-            self._switch_off(call)
-        self._outside.is_on &= call.is_on
+        try:
+            if self._watch is not None:
+                self._watch.ends(call, is_complete)
+        except BaseException:
+            is_complete = False
+            raise
+        finally:
+            self._serving.close(call)
+            if not is_complete:
+                self._switch_off(call)
+            self._outside.is_on &= call.is_on
         if is_complete and not call.steps:
             raise self._view.error(
                 f"{self._view.embedding.sampler}() returned and no attention came here: does it "
                 "cache, and do toggle and attentions name what it uses?"
             )
+
+    def abandon(self, call: SamplerCall) -> None:
+        """The call will never go on, and another thread draws: its pages go back, no more."""
+        call.has_ended = True
+        self._begun = [other for other in self._begun if other is not call]
+        self._serving.close(call)
 
     def close(self) -> None:
         """End the open generation, if any. Raises ScheduleError if it is another thread's."""
@@ -202,7 +218,7 @@ class Attachment:
             and self._thread not in (None, threading.current_thread())
             and self._thread.is_alive()
         )
-        if open_elsewhere or not self._lock.acquire(blocking=False):
+        if open_elsewhere or not self._lock.acquire():
             raise ScheduleError(
                 "another thread draws with this model, whose modules keep the state of one "
                 "forward: attach a copy of the model in each thread, or draw in turn"
@@ -229,6 +245,27 @@ class Attachment:
             if toggle is not None:
                 original_of(self._view.attentions[layer], toggle)(False)
             call.is_on.discard(layer)
+
+
+class _Lock:
+    """One for each model, whatever is attached to it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def acquire(self) -> bool:
+        """Whether this thread has it now. Waits for nobody."""
+        return self._lock.acquire(blocking=False)
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+_locks: weakref.WeakValueDictionary[int, _Lock] = weakref.WeakValueDictionary()
+
+
+def _lock_of(view: View) -> _Lock:
+    return _locks.setdefault(id(view.attentions[0]), _Lock())
 
 
 def empty(view: View, layer: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -28,7 +29,7 @@ def _all_stay(model: Any, call: Call, rows: int) -> Mapping[int, int]:
     return {}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Embedding:
     """How the self-attention of a model is found and taken over, for ``attach(embedding=...)``.
 
@@ -98,13 +99,20 @@ class View:
     def rows_from(self, call: Call, rows: int) -> Mapping[int, int]:
         """{scale: rows from there on} of this call. Raises EmbeddingError."""
         try:
-            return dict(self.embedding.rows(self.model, call, rows))
+            given = self.embedding.rows(self.model, call, rows)
+            return {operator.index(scale): operator.index(left) for scale, left in given.items()}
         except Exception as error:
             raise self.error(f"rows(model, call, {rows}) fails: {_what(error)}") from error
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The sampler's arguments by name. Raises TypeError where they do not fit it."""
-        bound = self.sampler.bind(*args, **kwargs)
+        return self._named(self.sampler.bind(*args, **kwargs))
+
+    def some_arguments(self, kwargs: Mapping[str, Any]) -> Call:
+        """The same where only some are given. Raises TypeError for others than the sampler's."""
+        return self._named(self.sampler.bind_partial(**kwargs))
+
+    def _named(self, bound: inspect.BoundArguments) -> Call:
         bound.apply_defaults()
         named: dict[str, Any] = {}
         for name, value in bound.arguments.items():
@@ -138,6 +146,8 @@ def examine(model: Any, embedding: Embedding) -> View:
         if lacking:
             role = "toggle" if name == embedding.toggle else "flag"
             raise wrong(f"{type(lacking[0]).__name__} has no attribute {name!r}, named as {role}")
+    if not hasattr(model, "__dict__"):
+        raise wrong(f"{type(model).__name__} has no __dict__: its methods cannot be replaced")
     sampler = getattr(model, embedding.sampler, None)
     if not callable(sampler):
         raise wrong(f"{type(model).__name__} has no method {embedding.sampler!r}, the sampler")

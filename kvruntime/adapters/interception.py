@@ -54,19 +54,20 @@ def take_over(
 
     try:
         empty()
-        out = run_own(view, layer, watched, args, kwargs)
+        out = run_with_flags(view, layer, watched, args, kwargs)
     finally:
         empty()
     if not catch.calls:
         raise view.error(
             f"the forward of layer {layer} ({type(attention).__name__}) made no call of "
-            "torch.nn.functional.scaled_dot_product_attention: name the flags that keep it from "
-            "flash-attn, xformers or a compiled kernel in flags=, or give project and finish"
+            "torch.nn.functional.scaled_dot_product_attention (nn.MultiheadAttention hides "
+            "its own): name the flags that keep it from flash-attn, xformers or a compiled kernel "
+            "in flags=, or give project and finish"
         )
     return out
 
 
-def run_own(
+def run_with_flags(
     view: View,
     layer: int,
     forward: Callable[..., Any],

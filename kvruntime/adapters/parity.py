@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from kvruntime.adapters.attachment import empty
 from kvruntime.adapters.caches import Caches
 from kvruntime.adapters.embedding import View
-from kvruntime.adapters.interception import run_own, take_over
-from kvruntime.adapters.patching import Patch, original_of, replaced
+from kvruntime.adapters.interception import take_over
+from kvruntime.adapters.patching import Patch, enables, original_of, replaced
 from kvruntime.adapters.serving import SamplerCall, Serving
 from kvruntime.options import CacheOptions
 
@@ -47,7 +48,9 @@ class Shadow:
         self._view, self._scales, self._is_drawing = view, scales, is_drawing
         self._caches = Caches(view, CacheOptions("full", 1.0), None, None, None)
         self._serving = Serving(view, self._caches)
-        self._twins: dict[int, SamplerCall] = {}  # by id of the sampler's call
+        self._twins: dict[SamplerCall, SamplerCall] = {}
+        self._own: dict[tuple[SamplerCall, int], _Held] = {}  # the model's own cache of each layer
+        self._last: dict[int, SamplerCall] = {}  # whose own cache the layer's module holds
         self._steps = self._most_scales = 0
         self._reached = (0, 0)  # scales that are done, and that there are
         self._max_error = 0.0
@@ -63,12 +66,13 @@ class Shadow:
         ours: Callable[[], Any],
     ) -> Any:
         """What ``ours`` returns; where nobody draws with the cache, what the module does."""
-        twin = self._twins.setdefault(
-            id(call), SamplerCall(call.arguments, call.schedule, call.is_on)
-        )
+        twin = self._twins.setdefault(call, SamplerCall(call.arguments, call.schedule, call.is_on))
         view, attention = self._view, self._view.attentions[layer]
         forward = original_of(attention, "forward")
-        own = run_own(view, layer, forward, args, kwargs)
+        if self._last.get(layer, call) is not call and (call, layer) in self._own:
+            _give_back(attention, self._own[call, layer])  # calls that take turns
+        own = forward(*args, **kwargs)
+        self._last[layer], self._own[call, layer] = call, _held_by(attention)
         with _put_back(attention):
             full = take_over(
                 view,
@@ -101,21 +105,23 @@ class Shadow:
             raise self._view.error(
                 f"scale {scale}, layer {layer}: the result is {error:.2g} of its largest number "
                 f"away from the model's own, {allowed:.2g} is rounding in {dtype}. Either "
-                "softmax_scale, project or finish is wrong, or the forward reads its own cache, "
-                "which is kept empty"
+                "softmax_scale, flags, project or finish is wrong, or other rows stay than the "
+                "first ones, or the forward reads its own cache, which is kept empty"
             )
         self._steps, self._max_error = self._steps + 1, max(self._max_error, error)
         self._most_scales, self._dtype = max(self._most_scales, scale + 1), dtype
 
     def begins(self, call: SamplerCall) -> None:
         """Whatever was open ends."""
-        twin = self._twins.get(id(call))
+        twin = self._twins.get(call)
         if twin is not None:
             self._serving.close(twin)
+        self._forget(call)
 
     def ends(self, call: SamplerCall, is_complete: bool) -> None:
         """Raises EmbeddingError for scales that never came."""
-        twin = self._twins.pop(id(call), None)
+        twin = self._twins.pop(call, None)
+        self._forget(call)
         if twin is None:
             return
         self._serving.close(twin)
@@ -124,16 +130,24 @@ class Shadow:
         drawn, planned = self._reached
         if self._scales is not None:
             self._stop()
-        if drawn < planned:
+        elif drawn < planned:
             raise self._view.error(
                 f"schedule(model, call) has {planned} scales, the sampler drew {drawn}: it must "
-                "give those that are drawn"
+                "give those that are drawn; a call that stops early is nothing to check with"
             )
 
+    def _forget(self, call: SamplerCall) -> None:
+        for layer in range(len(self._view.attentions)):
+            self._own.pop((call, layer), None)
+            if self._last.get(layer) is call:
+                del self._last[layer]
+
     def _stop(self) -> None:
+        """All is well."""
         self.is_watching = False
         self._serving.let_go()
         self._twins.clear()
+        self._own.clear()
 
     def parity(self) -> Parity:
         """Of all steps so far. Raises EmbeddingError where there was none."""
@@ -144,18 +158,37 @@ class Shadow:
         return Parity(self._steps, self._most_scales, name, self._max_error)
 
 
+_Held = dict[str, tuple[Any, Any]]
+"""Attributes of a module, and what lists, dicts and sets among them hold; tensors as they are."""
+
+
+def _held_by(module: nn.Module) -> _Held:
+    def content(value: Any) -> Any:
+        return copy.copy(value) if type(value) in (list, dict, set) else None
+
+    return {name: (value, content(value)) for name, value in module.__dict__.items()}
+
+
+def _give_back(module: nn.Module, held: _Held) -> None:
+    for name in [name for name in module.__dict__ if name not in held]:
+        del module.__dict__[name]
+    for name, (value, content) in held.items():
+        if isinstance(content, list):
+            value[:] = content
+        elif content is not None:
+            value.clear()
+            value.update(content)
+        module.__dict__[name] = value
+
+
 @contextmanager
 def _put_back(module: nn.Module) -> Iterator[None]:
     """Whatever attributes and buffers it gets meanwhile, they are as before at the end."""
-    attributes, buffers = dict(module.__dict__), dict(module._buffers)
+    held = _held_by(module)
     try:
         yield
     finally:
-        for name in [name for name in module.__dict__ if name not in attributes]:
-            del module.__dict__[name]
-        module.__dict__.update(attributes)
-        module._buffers.clear()
-        module._buffers.update(buffers)
+        _give_back(module, held)
 
 
 def _first_tensor(out: Any) -> Tensor:
@@ -169,6 +202,9 @@ def _first_tensor(out: Any) -> Tensor:
 def siblings_watched(view: View) -> Iterator[None]:
     """Raise EmbeddingError at the end if modules of the described classes cached as well."""
     model, toggle = view.model, view.embedding.toggle
+    if toggle is None:  # who caches cannot be told
+        yield
+        return
     held = [model] if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
     kinds = {type(module) for module in view.attentions}
     noted: dict[str, None] = {}
@@ -177,8 +213,7 @@ def siblings_watched(view: View) -> Iterator[None]:
         if isinstance(root, nn.Module):
             for name, module in root.named_modules():
                 if type(module) in kinds and module not in view.attentions:
-                    method = toggle or "forward"
-                    patches.append((module, method, _noting(module, method, name, noted)))
+                    patches.append((module, toggle, _noting(module, toggle, name, noted)))
     with replaced(patches):
         yield
     if noted:
@@ -188,12 +223,13 @@ def siblings_watched(view: View) -> Iterator[None]:
         )
 
 
-def _noting(module: nn.Module, method: str, name: str, noted: dict[str, None]) -> Patch:
-    """Its toggle, or its forward, which writes down that the module was used."""
-    original = original_of(module, method)
+def _noting(module: nn.Module, toggle: str, name: str, noted: dict[str, None]) -> Patch:
+    """Its toggle, which writes down that a cache was switched on."""
+    original = original_of(module, toggle)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        noted[name] = None
+        if enables(args, kwargs):
+            noted[name] = None
         return original(*args, **kwargs)
 
     return Patch(original, call)

@@ -16,6 +16,7 @@ from torch import nn
 from kvruntime.adapters.embedding import View
 from kvruntime.adapters.interception import ABSENT
 from kvruntime.adapters.serving import SamplerCall
+from kvruntime.errors import ScheduleError
 
 
 class Host(Protocol):
@@ -23,6 +24,10 @@ class Host(Protocol):
 
     def is_attached(self) -> bool:
         """Whether the model's calls still come here."""
+        ...
+
+    def is_drawing(self) -> bool:
+        """Whether a call of the sampler runs here."""
         ...
 
     def takes(self, layer: int) -> bool:
@@ -49,15 +54,21 @@ class Host(Protocol):
         """It has returned, or failed."""
         ...
 
+    def abandon(self, call: SamplerCall) -> None:
+        """It will never go on, and another thread draws: its pages go back, no more."""
+        ...
+
 
 class Patch:
     """A method of one object, and the one it stands for. A copy of the object, also a pickled one,
     gets the latter, bound to the copy.
     """
 
-    def __init__(self, original: Callable[..., Any], call: Callable[..., Any]) -> None:
+    def __init__(
+        self, original: Callable[..., Any], call: Callable[..., Any], host: Host | None = None
+    ) -> None:
         update_wrapper(self, original)
-        self.original, self._call = original, call
+        self.original, self._call, self.host = original, call, host
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
@@ -128,6 +139,15 @@ class _Patches:
             if not rest:
                 self._stacks.pop((id(owner), name), None)
 
+    def drawing_below(self, owner: Any, name: str, host: Host) -> Patch | None:
+        """That of the newest attachment older than ``host`` in which the sampler runs."""
+        older = []
+        for patch in self._stacks.get((id(owner), name), [])[1:]:
+            if patch.host is host:
+                break
+            older.append(patch)
+        return next((one for one in reversed(older) if one.host and one.host.is_drawing()), None)
+
 
 def _set(owner: Any, name: str, value: Any) -> None:
     """In the object's own attributes, which neither properties nor torch modules see to."""
@@ -188,11 +208,24 @@ def _forward(host: Host, layer: int, attention: nn.Module) -> Patch:
     original = original_of(attention, "forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        older = _older_in_turn(host, attention, "forward")
+        if older is not None:
+            return older(*args, **kwargs)
         if host.is_attached() and host.takes(layer):
             return host.step(layer, args, kwargs)
         return original(*args, **kwargs)
 
-    return Patch(original, forward)
+    return Patch(original, forward, host)
+
+
+def enables(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """What a toggle is called with."""
+    return bool(args[0] if args else next(iter(kwargs.values()), True))
+
+
+def _older_in_turn(host: Host, attention: nn.Module, name: str) -> Patch | None:
+    """The patch of an older attachment that is in the middle of a drawing, while this is not."""
+    return None if host.is_drawing() else _patches.drawing_below(attention, name, host)
 
 
 def _toggle(host: Host, layer: int, attention: nn.Module, name: str) -> Patch:
@@ -200,12 +233,14 @@ def _toggle(host: Host, layer: int, attention: nn.Module, name: str) -> Patch:
     original = original_of(attention, name)
 
     def toggle(*args: Any, **kwargs: Any) -> Any:
+        older = _older_in_turn(host, attention, name)
+        if older is not None:
+            return older(*args, **kwargs)
         if host.is_attached():
-            enable = args[0] if args else next(iter(kwargs.values()), True)
-            host.toggled(layer, bool(enable))
+            host.toggled(layer, enables(args, kwargs))
         return original(*args, **kwargs)
 
-    return Patch(original, toggle)
+    return Patch(original, toggle, host)
 
 
 def _sampler(host: Host, model: Any, name: str) -> Patch:
@@ -229,7 +264,7 @@ def _sampler(host: Host, model: Any, name: str) -> Patch:
         host.end(call, is_complete=True)
         return out
 
-    return Patch(original, sampler)
+    return Patch(original, sampler, host)
 
 
 class Steps(Generator[Any, Any, Any]):
@@ -255,4 +290,7 @@ class Steps(Generator[Any, Any, Any]):
                 raise
 
     def __del__(self) -> None:
-        self.close()  # what its own code does at the end is done as part of this call
+        try:
+            self.close()  # what its own code does at the end is done as part of this call
+        except ScheduleError:
+            self._host.abandon(self._call)

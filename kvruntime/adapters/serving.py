@@ -11,6 +11,7 @@ from torch import Tensor
 from kvruntime.adapters.caches import Caches
 from kvruntime.adapters.embedding import Call, View
 from kvruntime.generation import Generation
+from kvruntime.sizes import rows_by_scale
 from policies import ScaleSchedule
 
 
@@ -37,6 +38,7 @@ class Serving:
         self._view, self._caches = view, caches
         self._open_now: list[Generation] = []
         self.last: Generation | None = None
+        self.drawn: ScaleSchedule | None = None  # its schedule
 
     def schedule(self, call: Mapping[str, Any]) -> ScaleSchedule:
         """Raises EmbeddingError where the call does not tell."""
@@ -71,7 +73,12 @@ class Serving:
         cache = self._caches.of(schedule, k, v)
         rows = k.shape[0]
         rows_from = self._view.rows_from(call.arguments, rows)
-        self.last = None
+        try:
+            rows_by_scale(len(schedule), rows, rows_from)
+        except ValueError as error:
+            what = f"rows(model, call, {rows}) gives {rows_from}: {error}"
+            raise self._view.error(what) from None
+        self.last, self.drawn = None, schedule
         self.last = call.generation = cache.open(rows, rows_from)
         self._open_now = [one for one in self._open_now if one.is_open]
         self._open_now.append(call.generation)
@@ -87,6 +94,12 @@ class Serving:
             )
         if not generation.is_open:
             return  # it has failed: attend() says so
+        lane = (generation.plan.geometry.heads, generation.plan.geometry.head_dim)
+        if tuple(q.shape[2:]) != lane:
+            raise view.error(
+                f"heads(attention) gives {lane} heads and numbers of each, the model came with "
+                f"{tuple(q.shape[2:])}"
+            )
         if layer != due:
             raise view.error(
                 f"layer {layer} ran where layer {due} of scale {scale} was due: attentions(model) "

@@ -17,7 +17,7 @@ from kvruntime.catalogue import ASPECT_RATIOS, RESOLUTIONS, infinity_schedule
 from kvruntime.cli.common import JSON, exit_codes, print_json
 from kvruntime.models import BUILDERS, Built, build
 from kvruntime.sizes import check_positive
-from policies import TORCH_DTYPES
+from policies import DTYPE_BYTES, TORCH_DTYPES
 
 Name = Annotated[str, typer.Argument(help=f"One of {', '.join(BUILDERS)}.")]
 Repo = Annotated[Path | None, typer.Option(help="A checkout of its authors' repository.")]
@@ -25,7 +25,7 @@ Weights = Annotated[
     Path | None, typer.Option(help="A folder with the published files; without, random weights.")
 ]
 Device = Annotated[str, typer.Option(help="Where torch computes: cpu, cuda, cuda:1.")]
-Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(TORCH_DTYPES)}; autocast's.")]
+Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPE_BYTES)}; autocast's.")]
 StandIns = Annotated[
     bool, typer.Option(help="Put something in the place of packages that are not installed.")
 ]
@@ -116,8 +116,8 @@ def _built(
     stand_ins: bool,
 ) -> tuple[Built, dict[str, Any]]:
     """The model, and settings for its ``draw``. Raises ValueError for what does not fit."""
-    if dtype not in TORCH_DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
     settings: dict[str, Any] = {}
     if name.startswith("infinity"):
         own = "0.06M" if name == "infinity-125m" else "1M"

@@ -6,6 +6,7 @@ called.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import sys
@@ -30,13 +31,21 @@ STAND_INS = {
 
 @contextmanager
 def standing_in() -> Iterator[None]:
-    """Modules for those of STAND_INS that are not installed; they stay, and are logged."""
+    """Modules for those of STAND_INS that are not installed, as long as others' code is imported;
+    each is logged.
+    """
     absent = [name for name in STAND_INS if name not in sys.modules and not _is_installed(name)]
+    if "flash_attn" in absent and _is_installed("xformers"):
+        importlib.import_module("xformers.ops")  # it looks for flash-attn while it is imported
+    modules = {module.__name__: module for name in absent for module in _modules(name)}
+    sys.modules.update(modules)
     for name in absent:
-        for module in _modules(name):
-            sys.modules[module.__name__] = module
         logging.getLogger(__name__).warning("stands in for %s: %s", name, STAND_INS[name])
-    yield
+    try:
+        yield
+    finally:
+        for name in modules:
+            sys.modules.pop(name, None)
 
 
 def _is_installed(name: str) -> bool:

@@ -16,7 +16,7 @@ PAINTER = Embedding(
     softmax_scale=lambda attention: attention.dim**-0.5,
     toggle="remember",
     heads=lambda attention: (attention.heads, attention.dim),
-    rows=lambda painter, call, rows: {call["guided"]: rows // 2},
+    rows=lambda painter, call, rows: {call["guided"]: rows // 2} if call["guided"] else {},
 )
 STEPS = replace(PAINTER, sampler="steps")
 TEXT = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))

@@ -1,6 +1,7 @@
 """check(): what can only be seen beside the model's own cache."""
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch
 import kvruntime
 import kvruntime.adapters
 from kvruntime import EmbeddingError
-from kvruntime.adapters import parity
+from kvruntime.adapters import VAR, parity
 from tests.look_alikes.described import PAINTER, STEPS, TEXT, everything
-from tests.look_alikes.painter import Painter
+from tests.look_alikes.painter import SIDES, Painter
+from tests.look_alikes.var import VAR as LookAlikeVAR
 
 
 @pytest.fixture
@@ -32,6 +34,48 @@ def test_a_forward_that_reads_its_own_cache_is_caught(painter):
         kvruntime.check(painter, lambda: painter(TEXT), PAINTER)
 
 
+def test_flags_that_change_what_is_computed_are_caught():
+    """The model's own forward runs without them."""
+    torch.manual_seed(0)
+    model = LookAlikeVAR(True, dim=32)
+    flags = VAR.flags | {"attn_l2_norm": False}
+    assert kvruntime.check(model, model.autoregressive_infer_cfg).max_error < 1e-6
+    with pytest.raises(EmbeddingError, match="softmax_scale, flags, project or finish is wrong"):
+        kvruntime.check(model, model.autoregressive_infer_cfg, replace(VAR, flags=flags))
+
+
+def test_caches_that_are_lists_changed_in_place(painter):
+    """What is in them is put aside, too."""
+    for block in painter.net.blocks:
+        block.attention.parts = []
+
+        def forward(x, angles, attention=block.attention, inner=block.attention.forward):
+            attention.memory = attention.parts[-1] if attention.parts else None
+            out = inner(x, angles)
+            attention.parts.append(attention.memory)
+            return out
+
+        def remember(on, attention=block.attention):
+            attention.remembers, attention.memory = on, None
+            attention.parts.clear()
+
+        block.attention.forward, block.attention.remember = forward, remember
+    parity = kvruntime.check(painter, lambda: painter(TEXT, guided=99), PAINTER)
+    assert parity.max_error == 0.0 and parity.steps == 10
+
+
+def test_siblings_that_are_switched_off_are_no_siblings(painter):
+    other = Painter(seed=1).net.blocks[0].attention
+    painter.net.other, inner = other, painter.steps
+
+    def steps(*arguments, **named):
+        other.remember(False)
+        return inner(*arguments, **named)
+
+    painter.steps = steps
+    assert kvruntime.check(painter, lambda: painter(TEXT), PAINTER).max_error == 0.0
+
+
 def test_check_needs_a_step(painter):
     with pytest.raises(EmbeddingError, match=r"draw\(\) ran no step"):
         kvruntime.check(painter, lambda: None, PAINTER)
@@ -40,7 +84,7 @@ def test_check_needs_a_step(painter):
 class TestCheckWhileAttached:
     @pytest.fixture(autouse=True)
     def nothing_checked(self, monkeypatch):
-        monkeypatch.setattr(kvruntime.adapters, "_checked", set())
+        monkeypatch.setattr(kvruntime.adapters, "_checked", WeakKeyDictionary())
 
     def test_the_picture_is_that_of_the_policy(self, painter):
         with kvruntime.attach(painter, "streaming_llm", 8, embedding=PAINTER):
@@ -55,13 +99,13 @@ class TestCheckWhileAttached:
 
     def test_the_first_four_scales_alone(self, painter, monkeypatch):
         """Then the model's own cache is dropped, and so is the whole one beside it."""
-        layers, run_own = [], parity.run_own
+        layers, take_over = [], parity.take_over
 
         def note(view, layer, *rest):
             layers.append(layer)
-            return run_own(view, layer, *rest)
+            return take_over(view, layer, *rest)
 
-        monkeypatch.setattr(parity, "run_own", note)
+        monkeypatch.setattr(parity, "take_over", note)
         held = []
 
         def look(*_):
@@ -74,6 +118,41 @@ class TestCheckWhileAttached:
         hook.remove()
         assert layers == [0, 1] * 4
         assert held[::2] == [False, True, True, True, False]
+
+    def test_what_failed_is_not_done(self, painter):
+        """Nor is what was changed since."""
+        wrong = replace(PAINTER, schedule=lambda painter, call: (1, 2, 4, 4, 6))
+        for _ in range(2):
+            with kvruntime.attach(painter, "full", 1.0, embedding=wrong, check=True):
+                with pytest.raises(EmbeddingError):
+                    painter(TEXT)
+        with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER, check=True):
+            painter(TEXT)
+
+        def project(attention, x, angles):
+            return attention.qkv(x).view(*x.shape[:2], 3, 2, 32).permute(2, 0, 3, 1, 4)
+
+        def finish(attention, out):
+            return attention.out(out.transpose(1, 2).flatten(2))
+
+        other = replace(PAINTER, project=project, finish=finish)
+        with kvruntime.attach(painter, "full", 1.0, embedding=other, check=True):
+            with pytest.raises(EmbeddingError, match="away from the model's own"):
+                painter(TEXT)
+
+    def test_generators_that_take_turns(self, painter):
+        """Each with the model's own cache as if it were alone."""
+        own = list(painter.steps(TEXT, seed=1, guided=99))
+        with kvruntime.attach(painter, "full", 1.0, embedding=STEPS, check=True):
+            first, second = (painter.steps(TEXT, seed=seed, guided=99) for seed in (1, 2))
+            pairs = [(next(first), next(second)) for _ in range(5)]
+        assert all(torch.equal(one, alone) for (one, _), alone in zip(pairs, own, strict=True))
+
+    def test_a_call_that_stops_early(self, painter):
+        whole = replace(PAINTER, schedule=lambda painter, call: SIDES)
+        with kvruntime.attach(painter, "full", 1.0, embedding=whole, check=True) as attached:
+            painter(TEXT, scales=2)
+            assert not attached._watch.is_watching
 
     def test_once_for_each_class(self, painter):
         for is_watched in (True, False):

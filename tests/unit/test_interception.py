@@ -3,6 +3,7 @@
 import copy
 import threading
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch.overrides import _get_current_function_mode_stack
 
 import kvruntime
+from kvruntime import Pool, ScheduleError
 from tests.hazards.interrupts import Interrupts
-from tests.look_alikes.described import PAINTER, TEXT, everything
+from tests.look_alikes.described import PAINTER, STEPS, TEXT, everything
 from tests.look_alikes.painter import Painter
 
 FILES = ("interception.py", "attachment.py", "serving.py", "patching.py", "caches.py", "parity.py")
@@ -36,7 +38,7 @@ def masked():
 @pytest.mark.parametrize("check", [False, True])
 def test_an_interrupt_anywhere_leaves_nothing_behind(painter, check, monkeypatch):
     """At every other line that runs while a picture is drawn."""
-    monkeypatch.setattr(kvruntime.adapters, "_checked", set())
+    monkeypatch.setattr(kvruntime.adapters, "_checked", WeakKeyDictionary())
     own, before = painter(TEXT, scales=2, guided=1), everything(painter)
     at, places = 1, set()
     while True:
@@ -76,6 +78,79 @@ def test_the_newest_attachment_serves_alone(painter):
         assert seen == {"outer": 0, "inner": 5}
         assert torch.equal(painter(TEXT), own)
     assert seen == {"outer": 5, "inner": 5}
+
+
+def test_a_drawing_goes_on_where_it_began(painter):
+    """A newer attachment comes while it is half done, from here or from another thread."""
+    own, served = list(painter.steps(TEXT)), []
+
+    def note(name):
+        return lambda *_: served.append(name)
+
+    with kvruntime.attach(painter, "full", 1.0, embedding=STEPS, observer=note("old")) as old:
+        steps = painter.steps(TEXT)
+        got = [next(steps), next(steps)]
+        with kvruntime.attach(painter, "full", 1.0, embedding=STEPS, observer=note("new")):
+            got.append(next(steps))
+            fresh = list(painter.steps(TEXT))
+        got += list(steps)
+        assert old.stats.planned_pages == old.stats.peak_pages
+    for drawn in (got, fresh):
+        assert all(torch.equal(*pair) for pair in zip(drawn, own, strict=True))
+    assert served == ["old"] * 3 + ["new"] * 5 + ["old"] * 2
+
+
+def test_one_thread_draws_at_a_time_whatever_is_attached(painter):
+    own, refusals = painter(TEXT), []
+    inside = threading.Event()
+
+    def other():
+        with kvruntime.attach(painter, "streaming_llm", 8, embedding=PAINTER):
+            try:
+                painter(TEXT)
+            except ScheduleError as error:
+                refusals.append(error)
+            inside.set()
+            done.wait(60)
+
+    def observer(*_):
+        if not threads:
+            threads.append(threading.Thread(target=other))
+            threads[0].start()
+            inside.wait(60)
+
+    threads, done = [], threading.Event()
+    with kvruntime.attach(painter, "full", 1.0, embedding=PAINTER, observer=observer):
+        assert torch.equal(painter(TEXT), own)
+        done.set()
+        threads[0].join(60)
+    assert len(refusals) == 1 and "another thread draws" in str(refusals[0])
+    assert torch.equal(painter(TEXT), own)
+
+
+def test_a_generator_that_is_dropped_while_another_thread_draws(painter):
+    """Its pages go back at once."""
+    with kvruntime.attach(painter, "full", 1.0, embedding=STEPS) as attached:
+        plan = attached.plan(2, guided=3, scales=5)
+    pool = Pool(num_pages=2 * plan.peak_pages, page_bytes=plan.bytes_per_page)
+    kept, left = [], []
+
+    def drop():
+        kept.clear()
+        left.append(pool.stats.reserved_pages)
+
+    def observer(scale, *_):
+        if scale == 2 and kept:
+            thread = threading.Thread(target=drop)
+            thread.start()
+            thread.join(60)
+
+    with kvruntime.attach(painter, "full", 1.0, embedding=STEPS, pool=pool, observer=observer):
+        kept.append(painter.steps(TEXT))
+        next(kept[0])
+        list(painter.steps(TEXT))
+        assert left == [plan.peak_pages] and pool.stats.live_pages == 0
+        pool.check()
 
 
 def test_attention_in_other_threads_is_their_own(painter):

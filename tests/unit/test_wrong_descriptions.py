@@ -155,7 +155,7 @@ WRONG = {
     ),
     "another number of heads": (
         {"heads": lambda attention: (4, 16)},
-        r"q must be torch.float32 \(4, 1, 4, 16\)",
+        r"heads\(attention\) gives \(4, 16\) heads and numbers of each, the model came with",
     ),
 }
 
