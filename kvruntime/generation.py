@@ -99,19 +99,18 @@ class Generation:
 
     def append(self, scale: int, k: Sequence[Tensor], v: Sequence[Tensor]) -> None:
         """Put a scale into the cache that nobody attends from: one that was drawn before, say.
-
         k, v: for each layer [rows, n, heads, head_dim], as ``attend`` takes them. Raises
         ScheduleError where it is another scale's turn or the policy drops tokens by the queries of
         this one, ValueError for tensors that do not fit; any other failure closes the generation.
         """
 
         k, v = list(k), list(v)
+        self._check_boundary("append")
 
         def serve() -> None:
             for layer, (keys, values) in enumerate(zip(k, v, strict=True)):
                 self._serve(layer, None, keys, values)
 
-        self._check_boundary("append")
         self._step_through(
             lambda: check_append(self._plan, self.place, self._device, scale, k, v), serve
         )
