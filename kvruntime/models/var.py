@@ -51,6 +51,7 @@ def build(wanted: Wanted) -> Built:
         shared_aln=name == "var-d36",
         attn_l2_norm=True,
         patch_nums=sides,
+        flash_if_available=device.type != "cpu",  # neither flash-attn nor xformers runs there
     )
     if weights is None:  # the authors' own first weights hide attention: gains of 1e-5, no head
         model.init_weights(init_adaln=0.5, init_adaln_gamma=0.5, init_head=1.0)

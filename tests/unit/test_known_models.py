@@ -2,10 +2,14 @@
 tests/integration runs the authors' code.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kvruntime
+import kvruntime.adapters.parity
 from kvruntime import EmbeddingError, UnsupportedModel
 from kvruntime.adapters import INFINITY, VAR
 from kvruntime.catalogue import infinity_schedule
@@ -205,3 +209,54 @@ def test_classes_derived_from_the_authors_own_are_theirs():
     model = LookAlikeVAR(True)
     model.__class__ = type("VARHF", (LookAlikeVAR,), {})
     assert kvruntime.adapters.view_of(model).embedding is VAR
+
+
+def projected(left_out):
+    """VAR's projection as somebody might write it down, with a piece left out."""
+
+    def project(attention, x, attn_bias):
+        rows, tokens, _ = x.shape
+        biases = [attention.q_bias, attention.zero_k_bias, attention.v_bias]
+        if left_out == "order of the biases":
+            biases[1:] = biases[:0:-1]
+        mixed = F.linear(x, attention.mat_qkv.weight, torch.cat(biases))
+        q, k, v = mixed.view(rows, tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        gain = attention.scale_mul_1H11
+        if left_out != "clamp":
+            gain = gain.clamp_max(attention.max_scale_mul)
+        if left_out != "norm of the keys":
+            k = F.normalize(k, dim=-1)
+        return F.normalize(q, dim=-1) * gain.exp(), k, v
+
+    def finish(attention, out):
+        return attention.proj(out.transpose(1, 2).flatten(2))
+
+    return replace(VAR, project=project, finish=finish)
+
+
+@pytest.mark.parametrize("left_out", ["clamp", "order of the biases", "norm of the keys"])
+def test_check_notices_each_piece_of_vars_arithmetic(left_out):
+    """Which nobody has to write down: the model's own forward runs."""
+    torch.manual_seed(0)
+    model = LookAlikeVAR(True, dim=32)
+    draw = model.autoregressive_infer_cfg
+    assert kvruntime.check(model, draw, projected("nothing")).max_error < 1e-6
+    with pytest.raises(EmbeddingError, match="away from the model's own"):
+        kvruntime.check(model, draw, projected(left_out))
+
+
+def test_check_notices_that_infinitys_keys_are_not_rotated(infinity, monkeypatch):
+    def draw():
+        infinity.autoregressive_infer_cfg(TALL)
+
+    assert kvruntime.check(infinity, draw).max_error == 0.0
+    forward = kvruntime.adapters.parity.take_over
+
+    def without_rotation(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr("tests.look_alikes.basic.rotated", lambda x, angles: x)
+            return forward(*arguments)
+
+    monkeypatch.setattr(kvruntime.adapters.parity, "take_over", without_rotation)
+    with pytest.raises(EmbeddingError, match="away from the model's own"):
+        kvruntime.check(infinity, draw)
