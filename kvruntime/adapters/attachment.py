@@ -190,7 +190,7 @@ class Attachment:
             self._serving.close(call)
             if not is_complete:
                 self._switch_off(call)
-            self._outside.is_on &= call.is_on
+            self._outside.is_on = set(call.is_on)  # as its modules are now
         if is_complete and not call.steps:
             raise self._view.error(
                 f"{self._view.embedding.sampler}() returned and no attention came here: does it "

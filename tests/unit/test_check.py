@@ -64,6 +64,38 @@ def test_caches_that_are_lists_changed_in_place(painter):
     assert parity.max_error == 0.0 and parity.steps == 10
 
 
+class LeftOn(Painter):
+    """Its sampler switches its caches on and never off."""
+
+    def first(self, text):
+        for block in self.net.blocks:
+            block.attention.remember(True)
+        x = torch.ones(2, 1, self.width)
+        for block in self.net.blocks:
+            x = block(x, torch.zeros(1, self.dim // 2), text)
+        return x
+
+
+def test_caches_that_a_sampler_leaves_on_are_off_after_the_block():
+    painter = LeftOn()
+    described = replace(
+        PAINTER,
+        sampler="first",
+        rows=lambda painter, call, rows: {},
+        schedule=lambda painter, call: [1],
+    )
+    before = everything(painter)
+    with kvruntime.attach(painter, "full", 1.0, embedding=described):
+        painter.first(TEXT)
+    assert everything(painter) == before
+    assert kvruntime.check(painter, lambda: painter.first(TEXT), described).steps == 2
+    assert everything(painter) == before
+    long = replace(described, schedule=lambda painter, call: SIDES)
+    with pytest.raises(EmbeddingError, match="has 5 scales, the sampler drew 1"):
+        kvruntime.check(painter, lambda: painter.first(TEXT), long)
+    assert everything(painter) == before
+
+
 def test_siblings_that_are_switched_off_are_no_siblings(painter):
     other = Painter(seed=1).net.blocks[0].attention
     painter.net.other, inner = other, painter.steps
