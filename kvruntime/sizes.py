@@ -51,12 +51,11 @@ def rows_by_scale(
     """
     check_positive("rows", rows)
     planned = [rows] * scales
-    if rows_from is not None and not isinstance(rows_from, Mapping):
+    changes = {} if rows_from is None else rows_from
+    if not isinstance(changes, Mapping) or not all(isinstance(scale, int) for scale in changes):
         raise ValueError(f"rows_from is {{scale: rows from there on}}, got {rows_from!r}")
-    if not all(isinstance(scale, int) for scale in rows_from or {}):
-        raise ValueError(f"rows_from is {{scale: rows from there on}}, got {rows_from!r}")
-    for scale, left in sorted((rows_from or {}).items()):
-        if isinstance(scale, bool) or not isinstance(scale, int) or scale < 0:
+    for scale, left in sorted(changes.items()):
+        if isinstance(scale, bool) or scale < 0:
             raise ValueError(f"rows_from is {{scale: rows from there on}}, got scale {scale!r}")
         check_positive(f"rows from scale {scale} on", left)
         if scale < scales and left > planned[scale]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -90,19 +91,15 @@ class View:
 
     def schedule(self, call: Call) -> ScaleSchedule | None:
         """The scales of this call; None where ``call`` does not tell. Raises EmbeddingError."""
-        try:
+        with _described(self.embedding, "schedule(model, call)"):
             sizes = self.embedding.schedule(self.model, call)
             return None if sizes is None else ScaleSchedule.of(sizes)
-        except Exception as error:
-            raise self.error(f"schedule(model, call) fails: {_what(error)}") from error
 
     def rows_from(self, call: Call, rows: int) -> Mapping[int, int]:
         """{scale: rows from there on} of this call. Raises EmbeddingError."""
-        try:
+        with _described(self.embedding, f"rows(model, call, {rows})"):
             given = self.embedding.rows(self.model, call, rows)
             return {operator.index(scale): operator.index(left) for scale, left in given.items()}
-        except Exception as error:
-            raise self.error(f"rows(model, call, {rows}) fails: {_what(error)}") from error
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The sampler's arguments by name. Raises TypeError where they do not fit it."""
@@ -132,10 +129,8 @@ def examine(model: Any, embedding: Embedding) -> View:
     def wrong(what: str) -> EmbeddingError:
         return EmbeddingError(embedding.name, what)
 
-    try:
+    with _described(embedding, "attentions(model)"):
         attentions = tuple(embedding.attentions(model))
-    except Exception as error:
-        raise wrong(f"attentions(model) fails: {_what(error)}") from error
     if not attentions or not all(isinstance(module, nn.Module) for module in attentions):
         kinds = sorted({type(module).__name__ for module in attentions}) or "nothing"
         raise wrong(f"attentions(model) must give torch modules, it gives {kinds}")
@@ -153,18 +148,20 @@ def examine(model: Any, embedding: Embedding) -> View:
         raise wrong(f"{type(model).__name__} has no method {embedding.sampler!r}, the sampler")
     found = set()
     for module in attentions:
-        try:
+        with _described(embedding, "heads(attention)"):
             heads, head_dim = embedding.heads(module)
-        except Exception as error:
-            raise wrong(f"heads(attention) fails: {_what(error)}") from error
-        try:
+        with _described(embedding, "softmax_scale(attention)"):
             found.add((heads, head_dim, check_softmax_scale(embedding.softmax_scale(module))))
-        except Exception as error:
-            raise wrong(f"softmax_scale(attention) fails: {_what(error)}") from error
     if len(found) > 1:
         raise wrong(f"layers differ in (heads, head_dim, softmax scale): {sorted(found)}")
     return View(model, embedding, attentions, *found.pop(), inspect.signature(sampler))
 
 
-def _what(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+@contextmanager
+def _described(embedding: Embedding, what: str) -> Iterator[None]:
+    """Whatever a function of the description raises is an EmbeddingError that names it."""
+    try:
+        yield
+    except Exception as error:
+        said = f"{what} fails: {type(error).__name__}: {error}"
+        raise EmbeddingError(embedding.name, said) from error

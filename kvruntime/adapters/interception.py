@@ -82,12 +82,13 @@ def run_with_flags(
             attributes.update(flags)
             return forward(*args, **kwargs)
         finally:
-            _put_back(attributes, before)
+            put_back(attributes, before)
     finally:
-        _put_back(attributes, before)  # again, for an interrupt in the middle of the first time
+        put_back(attributes, before)  # again, for an interrupt in the middle of the first time
 
 
-def _put_back(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:
+def put_back(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """What was there before, ABSENT where nothing was."""
     for name, value in before.items():
         if value is ABSENT:
             attributes.pop(name, None)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from kvruntime.adapters.embedding import View
-from kvruntime.adapters.interception import ABSENT
+from kvruntime.adapters.interception import ABSENT, put_back
 from kvruntime.adapters.serving import SamplerCall
 from kvruntime.errors import ScheduleError
 
@@ -156,10 +156,8 @@ def _set(owner: Any, name: str, value: Any) -> None:
             delattr(owner, name)
         else:
             setattr(owner, name, value)
-    elif value is ABSENT:
-        owner.__dict__.pop(name, None)
     else:
-        owner.__dict__[name] = value
+        put_back(owner.__dict__, {name: value})
 
 
 _patches = _Patches()

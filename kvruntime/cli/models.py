@@ -16,6 +16,7 @@ from kvruntime.calibration import calibrate
 from kvruntime.catalogue import ASPECT_RATIOS, RESOLUTIONS, infinity_schedule
 from kvruntime.cli.common import JSON, exit_codes, print_json
 from kvruntime.models import BUILDERS, Built, build
+from kvruntime.models.infinity import SIZES
 from kvruntime.sizes import check_positive
 from policies import DTYPE_BYTES, TORCH_DTYPES
 
@@ -119,9 +120,8 @@ def _built(
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
     settings: dict[str, Any] = {}
-    if name.startswith("infinity"):
-        own = "0.06M" if name == "infinity-125m" else "1M"
-        settings["schedule"] = infinity_schedule(resolution or own, aspect)
+    if name in SIZES:
+        settings["schedule"] = infinity_schedule(resolution or SIZES[name].resolution, aspect)
     elif resolution or aspect != "1.000":
         raise ValueError(f"{name} has one schedule: resolution and aspect ratio are for Infinity")
     try:

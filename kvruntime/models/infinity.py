@@ -36,7 +36,7 @@ class _Size(NamedTuple):
     weights: str
 
 
-_SIZES = {
+SIZES = {
     "infinity-125m": _Size(
         4, 16, False, "0.06M", "infinity_vae_d16.pth", "infinity_125M_256x256.pth"
     ),
@@ -50,7 +50,7 @@ _SIZES = {
 def build(wanted: Wanted) -> Built:
     """As the package's ``build``."""
     weights, device = wanted.weights, wanted.device
-    size = _SIZES[wanted.name]
+    size = SIZES[wanted.name]
     files = []
     if weights is not None:
         files = [find_weights(weights, file, PUBLISHED) for file in (size.vae, size.weights)]
