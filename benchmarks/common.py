@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kvruntime import ScaleSchedule
 from kvruntime.device import versions
-from policies import TORCH_DTYPES
+from policies import TORCH_DTYPES, Profile
 
 
 def interleaved(
@@ -95,3 +96,24 @@ def _processor() -> str:
         return lines[0] if lines else platform.processor()
     except OSError:
         return platform.processor()
+
+
+def even_profile(schedule: ScaleSchedule, layers: int, heads: int, head_dim: int) -> Profile:
+    """Statistics of a model whose layers and heads are all alike, and look at all scales alike."""
+    zeros = np.zeros((len(schedule), layers))
+    by_head = np.zeros((layers, heads))
+    return Profile(
+        version=2,
+        model="even",
+        sizes=schedule.sizes,
+        pictures=1,
+        selectivity=zeros.tolist(),
+        similarity=zeros.tolist(),
+        cached_mass=zeros.tolist(),
+        mass=[
+            [(by_head + 1 / (scale + 1)).tolist() for _ in range(scale + 1)]
+            for scale in range(len(schedule))
+        ],
+        column_variance=by_head.tolist(),
+        query_means=np.zeros((len(schedule), layers, heads, head_dim)).tolist(),
+    )

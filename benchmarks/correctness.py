@@ -17,7 +17,7 @@ from kvruntime.attention.base import Backend, Lanes
 from kvruntime.attention.sdpa import SDPA
 from kvruntime.step.read import gather
 from kvruntime.storage.layout import (
-    WEIGHT_BYTES,
+    PLANE_BYTES,
     PageLayout,
     RecordFormat,
     exact_page_size,
@@ -61,16 +61,16 @@ def filled_pool(
     pool = Pool(
         num_pages=num,
         page_bytes=2 * half,
-        weight_bytes=WEIGHT_BYTES * max(size, page_size),
+        plane_bytes=PLANE_BYTES * max(size, page_size),
         device=device,
     )
-    pages = pool.view(PageLayout(size, half, head_dim, dtype, seen))
+    pages = pool.view(PageLayout(size, half, head_dim, dtype, seen, planes=1))
     for part in (pages.keys, pages.values):
         tokens = torch.randn(num * size, head_dim, device=device).to(TORCH_DTYPES[dtype])
         stored = tokens if seen is None else quantize(tokens, seen)
         part.copy_(stored.view(part.shape))
-    assert pages.weights is not None
-    pages.weights.copy_(torch.rand(pages.weights.shape, device=device) * 3)
+    assert pages.planes is not None
+    pages.planes.copy_(torch.rand(pages.planes.shape, device=device) * 3)
     return pages
 
 
@@ -199,8 +199,8 @@ def _log_weights(lanes: Lanes, lane: int) -> Tensor:
     size, count = lanes.pages.page_size, int(lanes.lengths[lane])
     if not lanes.weighted:
         return torch.zeros(count, device=lanes.tables.device)
-    assert lanes.pages.weights is not None
-    return lanes.pages.weights[lanes.tables[lane], :size].flatten()[:count].float()
+    assert lanes.pages.planes is not None
+    return lanes.pages.planes[lanes.tables[lane], :size].flatten()[:count].float()
 
 
 def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, lanes: Lanes) -> float:

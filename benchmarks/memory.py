@@ -13,15 +13,12 @@ from rich.progress import Progress
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.common import random_steps
+from benchmarks.common import even_profile, random_steps
 from benchmarks.ragged import RAGGED
 from kvruntime import CacheGeometry, CacheOptions, Generation, PagedKVCache, Policy, ScaleSchedule
 from policies import POLICY_NAMES, make_policy
 
-POLICIES: dict[str, Policy] = {
-    **{name: make_policy(name) for name in POLICY_NAMES},
-    **{policy.name: policy for policy in RAGGED},
-}
+POLICIES = (*POLICY_NAMES, *(policy.name for policy in RAGGED))
 LEAST = 0.95  # of the planned bytes, that a generation needs; and never more than them
 SCOPE = "kvruntime"
 KERNEL = "aten::scaled_dot_product_attention"  # its buffers and output are the model's own as well
@@ -54,7 +51,10 @@ def run(
     rows at once and one at a time. policies: names of some; none are all.
     """
     sizes = sizes or FULL
-    chosen = [POLICIES[name] for name in policies or POLICIES]
+    profile = even_profile(sizes.schedule, sizes.layers, sizes.heads, sizes.head_dim)
+    known = {name: make_policy(name, profile) for name in POLICY_NAMES}
+    known |= {policy.name: policy for policy in RAGGED}
+    chosen = [known[name] for name in policies or POLICIES]
     cases = [
         (policy, dtype, kv_dtype, chunks)
         for policy in chosen

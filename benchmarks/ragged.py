@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from policies import Allocation, Candidates, Needs, Problem, Region, Selection, StepSizes
-from policies.base import NO_NEEDS
+from policies.base import NO_NEEDS, WEIGHTED
 from policies.recency import highest
 from policies.scoring import attention_received, attention_scratch, best, best_scratch, centres_on
 
 GRID = 2
-SCORES, FOLDS = Needs(queries=GRID * GRID), Needs(queries=GRID * GRID, weights=True)
+SCORES, FOLDS = Needs(content=True), WEIGHTED
 SHARES = (1.0, 0.5, 0.75, 0.25)  # of the most that a head holds, one head after another
 
 
@@ -59,7 +59,7 @@ class RaggedScored:
         return ragged_allocation(problem)
 
     def scratch(self, sizes: StepSizes) -> list[Region]:
-        return [*attention_scratch(sizes, self.needs.queries), *best_scratch(sizes)]
+        return [*attention_scratch(sizes, GRID * GRID), *best_scratch(sizes)]
 
     def select(self, candidates: Candidates) -> Selection:
         size = candidates.schedule.sizes[candidates.scale]
@@ -81,7 +81,7 @@ class RaggedFold:
     def scratch(self, sizes: StepSizes) -> list[Region]:
         candidates = (sizes.rows, sizes.heads, sizes.candidates + 1)
         return [
-            *attention_scratch(sizes, self.needs.queries),
+            *attention_scratch(sizes, GRID * GRID),
             *best_scratch(sizes),
             Region("ragged_into", candidates, "int64"),
             Region("ragged_ones", (sizes.rows, sizes.heads, sizes.kept), "int64"),

@@ -60,7 +60,7 @@ class Family:
             pool=Pool(
                 num_pages=2 * self.cache.plan(ROWS).peak_pages,
                 page_bytes=self.cache.page_bytes,
-                weight_bytes=self.cache.weight_bytes,
+                plane_bytes=self.cache.plane_bytes,
             ),
         )
         for seed in range(SEEDS):
@@ -104,7 +104,7 @@ def families(pool: Pool) -> list[Family]:
 
 def run(steps: int, progress: Progress | None, seed: int = 0) -> dict[str, Any]:
     """``steps`` random actions. Raises AssertionError at the first violation."""
-    pool = Pool(num_pages=400, page_bytes=4096, weight_bytes=256)
+    pool = Pool(num_pages=400, page_bytes=4096, plane_bytes=256)
     made = families(pool)
     chance, running = random.Random(seed), list[Running]()
     counts = dict.fromkeys(("open", "refused", "step", "fork", "thin", "fail", "close", "done"), 0)

@@ -33,6 +33,7 @@ from kvruntime.errors import (
 )
 from kvruntime.generation import Generation
 from kvruntime.options import CacheOptions
+from kvruntime.origin import Provenance, provenance
 from kvruntime.planning import plan
 from kvruntime.stats import Stats
 from kvruntime.storage.pool import Pool, PoolStats
@@ -56,6 +57,7 @@ __all__ = [
     "Policy",
     "Pool",
     "PoolStats",
+    "Provenance",
     "ScaleSchedule",
     "ScheduleError",
     "Selection",
@@ -65,4 +67,5 @@ __all__ = [
     "attach",
     "check",
     "plan",
+    "provenance",
 ]

@@ -96,9 +96,9 @@ class PagedKVCache:
         return self._row_plan.bytes_per_page
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of a page's log weights, for ``Pool(weight_bytes=...)``."""
-        return self._row_plan.weight_bytes_per_page
+    def plane_bytes(self) -> int:
+        """Bytes of a page's planes, log weights among them, for ``Pool(plane_bytes=...)``."""
+        return self._row_plan.plane_bytes_per_page
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class PagedKVCache:
             rows,
             rows_from=rows_from,
             page_bytes=self._pool.page_bytes if self._pool else None,
-            weight_bytes=self._pool.weight_bytes if self._pool else None,
+            plane_bytes=self._pool.plane_bytes if self._pool else None,
             workspace_limit=self._workspace_limit,
             own=self._own,
         )
@@ -167,8 +167,8 @@ class PagedKVCache:
         except IndexError:
             pool = None
         num_pages = max(1, plan.peak_pages)
-        each = (plan.bytes_per_page, plan.weight_bytes_per_page)
-        if pool is not None and (pool.num_pages, pool.page_bytes, pool.weight_bytes) == (
+        each = (plan.bytes_per_page, plan.plane_bytes_per_page)
+        if pool is not None and (pool.num_pages, pool.page_bytes, pool.plane_bytes) == (
             num_pages,
             *each,
         ):
@@ -176,7 +176,7 @@ class PagedKVCache:
         del pool  # before the new one comes
         self._workspaces.clear()
         return Pool(
-            num_pages=num_pages, page_bytes=each[0], weight_bytes=each[1], device=self._device
+            num_pages=num_pages, page_bytes=each[0], plane_bytes=each[1], device=self._device
         )
 
     def _take_back(self, pool: Pool) -> None:

@@ -61,53 +61,64 @@ def calibrate(
 
 
 class _Statistics:
-    """Sums over observed steps, [scales][layers]. They stay on the device until ``profile`` reads
-    them: no step waits for it.
+    """Sums over observed steps. They stay on the device until ``profile`` reads them: no step waits
+    for it.
     """
 
     def __init__(
         self, schedule: ScaleSchedule, layers: int, softmax_scale: float, top_share: float
     ) -> None:
         self.schedule = schedule
+        self._layers = layers
         self._softmax_scale = softmax_scale
         self._top_share = top_share
         self._rows = torch.zeros(len(schedule), layers, dtype=torch.float64)
-        self._sums: Tensor | None = None  # cached mass, mass of the best, similarity
+        self._sums: _Sums | None = None
         self._last_keys: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, scale: int, layer: int, first_row: int, q: Tensor, keys: Tensor) -> None:
-        rows = q.shape[0]
-        fresh = keys[:, :, -q.shape[1] :]
+        rows, fresh = q.shape[0], keys[:, :, -q.shape[1] :]
         if self._sums is None:
-            shape = (3, *self._rows.shape)
-            with torch.inference_mode(False):  # it outlives a caller's inference_mode
-                self._sums = torch.zeros(shape, dtype=torch.float64, device=q.device)
+            _, _, heads, dim = q.shape
+            self._sums = _Sums(len(self.schedule), self._layers, heads, dim, q.device)
         self._rows[scale, layer] += rows
+        self._sums.queries[scale, layer] += q.mean(dim=1, dtype=torch.float32).sum(dim=0)
+        self._add_attention(self._sums, scale, layer, q, keys)
         if scale:
             last = self._last_keys.pop((layer, first_row))
-            mass, best = self._attention(q, keys)
             similarity = self._key_similarity(scale, last.float(), fresh.float())
-            sums = self._sums[:, scale, layer]
-            for place, mean in enumerate((mass, best, similarity)):
-                sums[place] += rows * mean
+            self._sums.similarity[scale, layer] += rows * similarity
         if scale + 1 < len(self.schedule):  # nobody compares with the last scale's
             self._last_keys[layer, first_row] = fresh.clone()
 
-    def _attention(self, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Mass on the cached tokens and on the K' best of them, means over rows, heads, queries."""
+    def _add_attention(self, sums: _Sums, scale: int, layer: int, q: Tensor, keys: Tensor) -> None:
+        """What each head's queries give to each source scale and to the K' best cached tokens, and
+        how much that varies from query to query.
+        """
         rows, fresh, heads, _ = q.shape
-        cached = keys.shape[2] - fresh
-        best = max(1, math.ceil(self._top_share * cached))
-        block = max(1, _BLOCK_NUMBERS // (rows * heads * keys.shape[2]))
+        count = keys.shape[2]
+        best = math.ceil(self._top_share * (count - fresh))
+        block = max(1, _BLOCK_NUMBERS // (rows * heads * count))
         turned = keys.transpose(2, 3)
-        history, top = torch.zeros(2, dtype=torch.float64, device=q.device)
+        received = torch.zeros(rows, heads, count, device=q.device)
+        squares = torch.zeros(rows, heads, device=q.device)
         for start in range(0, fresh, block):
             part = q[:, start : start + block].transpose(1, 2) * self._softmax_scale
-            weights = (part @ turned).softmax(dim=-1, dtype=torch.float32)[..., :cached]
-            history += weights.sum()
-            top += weights.topk(best, dim=-1, sorted=False).values.sum()
-        count = rows * fresh * heads
-        return history / count, top / count
+            weights = (part @ turned).softmax(dim=-1, dtype=torch.float32)
+            received += weights.sum(dim=2)
+            if best:
+                history = weights[..., : count - fresh]
+                top = history.topk(best, dim=-1, sorted=False).values.sum()
+                sums.best[scale, layer] += top / (fresh * heads)
+            if scale + 1 == len(self.schedule):
+                squares += weights.square_().sum(dim=(2, 3))
+        means = received.div_(fresh)
+        for source in range(scale + 1):
+            start, end = self.schedule.span(source)
+            sums.mass[scale, source, layer] += means[:, :, start:end].sum(dim=(0, 2))
+        if scale + 1 == len(self.schedule):
+            variance = squares / fresh - means.square_().sum(dim=2)
+            sums.variance[layer] += variance.sum(dim=0)
 
     def _key_similarity(self, scale: int, last: Tensor, fresh: Tensor) -> Tensor:
         """Minus the mean distance of this scale's keys from the last scale's, resized (AMS-KV
@@ -130,22 +141,50 @@ class _Statistics:
         ScaleKV's eq. 2 has no quotient; without it a layer that never looks back scores like a
         drafter.
         """
-        if self._sums is None or not self._rows.all():
+        sums, rows = self._sums, self._rows
+        if sums is None or not rows.all():
             raise ValueError("draw() did not run every scale and layer of the model's sampler")
-
-        def table(values: Tensor) -> tuple[tuple[float, ...], ...]:
-            return tuple(tuple(round(x, 6) for x in line) for line in values.tolist())
-
-        mass, best, similarity = self._sums.cpu() / self._rows
+        mass = sums.mass.cpu() / rows[:, None, :, None]
+        own = mass.diagonal(dim1=0, dim2=1).mean(dim=1).t()  # [scales, layers]
+        cached = (mass.sum(dim=1).mean(dim=2) - own).clamp_min(0.0)
+        best = sums.best.cpu() / rows
+        by_scale = zip(mass, range(1, len(self.schedule) + 1), strict=True)
         return Profile(
-            version=1,
+            version=2,
             model=name,
             sizes=self.schedule.sizes,
             pictures=pictures,
-            selectivity=table((1.0 - mass) * best / mass.clamp_min(1e-12)),
-            similarity=table(similarity),
-            cached_mass=table(mass),
+            selectivity=_table((1.0 - cached) * best / cached.clamp_min(1e-12)),
+            similarity=_table(sums.similarity.cpu() / rows),
+            cached_mass=_table(cached),
+            mass=tuple(tuple(_table(part) for part in line[:count]) for line, count in by_scale),
+            column_variance=_table(sums.variance.cpu() / rows[-1][:, None]),
+            query_means=tuple(
+                tuple(_table(heads) for heads in line)
+                for line in sums.queries.cpu() / rows[:, :, None, None]
+            ),
         )
+
+
+class _Sums:
+    """Over rows, float64. mass: [scales, source scales, layers, heads]; variance: [layers, heads];
+    best, similarity: [scales, layers]; queries: [scales, layers, heads, head_dim].
+    """
+
+    def __init__(
+        self, scales: int, layers: int, heads: int, head_dim: int, device: torch.device
+    ) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        with torch.inference_mode(False):  # they outlive a caller's inference_mode
+            self.mass, self.variance = zeros(scales, scales, layers, heads), zeros(layers, heads)
+            self.best, self.similarity = zeros(scales, layers), zeros(scales, layers)
+            self.queries = zeros(scales, layers, heads, head_dim)
+
+
+def _table(values: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(round(x, 6) for x in line) for line in values.tolist())
 
 
 def main() -> None:

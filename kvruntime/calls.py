@@ -11,7 +11,7 @@ from torch import Tensor
 from kvruntime.arguments import check_tensor, refuse_transposed
 from kvruntime.errors import ScheduleError
 from kvruntime.planning.demand import Plan
-from kvruntime.planning.regions import Kind
+from kvruntime.planning.shapes import Kind
 from policies import TORCH_DTYPES
 
 

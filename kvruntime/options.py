@@ -60,6 +60,8 @@ class CacheOptions:
     memory: most bytes that a generation's pages and workspace may take, a number or "20GiB".
     workspace: most bytes of the workspace; one row may exceed it, more rows may not. By default
         as the device's free memory allows.
+    provenance: remember where each stored token comes from, 6 bytes a token
+        (Generation.provenance).
     """
 
     policy: str | Policy = "scalekv"
@@ -73,6 +75,7 @@ class CacheOptions:
     paged_queries: int = PAGED_QUERIES
     memory: int | str | None = None
     workspace: int | str | None = None
+    provenance: bool = False
 
     def __post_init__(self) -> None:
         for name in ("budget", "page_size", "kv_start", "paged_queries", "memory", "workspace"):

@@ -22,7 +22,8 @@ class Stats:
     """Figures of one generation. Bytes are of the whole generation.
 
     live_pages: its own now, shared ones included. token_bytes <= page_bytes: what the policy keeps
-        after a scale, and the pages that hold it at the peak, log weights (weight_bytes) included.
+        after a scale, and the pages that hold it at the peak, planes (plane_bytes: log
+        weights and others) included.
     planned_pages == peak_pages at the end; where rows went that were not planned to, the former
         counts them until they did. rows: those that are left.
     baseline_bytes: the model's own cache, all scales, without the copy that torch.cat makes;
@@ -49,7 +50,7 @@ class Stats:
     live_pages: int
     token_bytes: int
     page_bytes: int
-    weight_bytes: int
+    plane_bytes: int
     workspace_bytes: int
     baseline_bytes: int
     history_bytes: int
@@ -70,7 +71,7 @@ def stats_of(plan: Plan, facts: dict[str, Any], **counts: Any) -> Stats:
         planned_pages=plan.peak_pages,
         token_bytes=plan.token_bytes,
         page_bytes=plan.page_bytes,
-        weight_bytes=plan.weight_bytes,
+        plane_bytes=plan.plane_bytes,
         workspace_bytes=plan.workspace_bytes,
         baseline_bytes=baseline["all_scales_bytes"],
         history_bytes=baseline["history_bytes"],
@@ -99,7 +100,7 @@ _COUNTS = (
     "live_pages",
     "token_bytes",
     "page_bytes",
-    "weight_bytes",
+    "plane_bytes",
     "workspace_bytes",
     "baseline_bytes",
     "history_bytes",

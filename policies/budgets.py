@@ -42,6 +42,11 @@ def check_allocation(allocation: Allocation, problem: Problem) -> None:
     room = before + np.array(schedule.tokens)[:, None, None]
     if (tokens < 0).any() or tokens[-1].any() or (tokens > room).any():
         raise ValueError("a lane keeps fewer than none, more than it has, or some after the last")
+    attended = allocation.attended
+    if attended is not None and (
+        attended.shape != shape[:1] or attended.dtype != np.int64 or (attended <= 0).any()
+    ):
+        raise ValueError(f"attended must be positive int64 {shape[:1]}, got {attended}")
     if quantised is None:
         return
     if quantised.shape != shape[:2] or quantised.dtype != np.bool_:
@@ -50,6 +55,28 @@ def check_allocation(allocation: Allocation, problem: Problem) -> None:
         )
     if (quantised[:-1] & ~quantised[1:]).any():
         raise ValueError("quantised tokens cannot become exact again")
+
+
+def proportional(
+    weights: NDArray[np.float64], room: NDArray[np.int64], total: int
+) -> NDArray[np.int64]:
+    """Tokens of each lane in proportion to its weight, none above its room; what some have no room
+    for the others get. They sum to ``total``, less what rounding down loses (below one a lane), or
+    fill all the room there is.
+    """
+    tokens, left = np.zeros_like(room), float(total)
+    is_open = np.ones(room.shape, dtype=bool)
+    weights = np.maximum(weights, 1e-12)
+    while is_open.any():
+        each = left * weights / weights[is_open].sum()
+        is_full = is_open & (each >= room)
+        if not is_full.any():
+            tokens[is_open] = np.floor(each[is_open] + 1e-9).astype(np.int64)
+            break
+        tokens[is_full] = room[is_full]
+        left -= float(room[is_full].sum())
+        is_open &= ~is_full
+    return tokens
 
 
 def split_budget(

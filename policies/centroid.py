@@ -9,22 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from policies.base import Allocation, Candidates, Needs, Problem, Selection, StepSizes
 from policies.budgets import capped
+from policies.profile import Profile
 from policies.schedule import Lengths
 from policies.scoring import (
     ascending,
-    attention_received,
-    attention_scratch,
     best,
     best_scratch,
     beyond,
-    centres_on,
+    evenly_spread,
+    look,
+    pick_queries,
+    seen_scratch,
 )
 from policies.scratch import Region, part_of, wide
 from policies.sketches import sketch, sketch_scratch, sketch_size
@@ -34,35 +38,49 @@ _PACKED = 1024  # most seeds whose number fits into the bits of a product that c
 _PRODUCTS = 2**22  # compared at a time, over all lanes, if that leaves blocks of 64 candidates
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Centroid:
     """``budget`` weighted centroids for every lane.
 
-    Seeds are chosen in two rounds: ``first_share`` of them by the attention they get from the
-    window's queries, the rest where that attention times the distance from the nearest seed is
-    largest. Then every other candidate goes to its nearest seed. Keys are compared by sketches: how
-    far they go in the directions in which most of them differ, a quarter as many as they have
-    channels. Two matrix products, together of (candidates - first seeds) x budget x sketch for each
-    lane.
+    A window of ``queries`` queries, spread evenly over the scale, stands for those of the next
+    scale: with ``query_means`` it is moved by as much as the mean query of its layer and head moves
+    from this scale to the next one.
 
-    grid: the window is grid x grid queries of the current scale.
+    Seeds are chosen in two rounds: ``first_share`` of them by the attention they get from the
+    window, the rest where that attention times the distance from the nearest seed is largest. Then
+    every other candidate goes to its nearest seed. Keys are compared by sketches: how far they go
+    in the directions in which most of them differ, a quarter as many as they have channels. Two
+    matrix products, together of (candidates - first seeds) x budget x sketch for each lane.
+
+    What is folded is then fitted to what the window sees (kvruntime.step.refit), unless
+    ``is_fitted`` is false.
+
+    query_means: float32 [scales, layers, heads, head_dim], measured by calibration
+    (Profile.query_means); None: the window stays where it is.
     """
 
-    grid: int = 4
+    queries: int = 64
     first_share: float = 0.75
+    is_fitted: bool = True
+    query_means: NDArray[np.float32] | None = None
     name: str = "centroid"
 
     def __post_init__(self) -> None:
-        if self.grid <= 0:
-            raise ValueError(f"grid must be positive, got {self.grid}")
+        if self.queries <= 0:
+            raise ValueError(f"queries must be positive, got {self.queries}")
         if not 0.0 < self.first_share <= 1.0:
             raise ValueError(f"first_share must be in (0, 1], got {self.first_share}")
 
     @property
     def needs(self) -> Needs:
-        return Needs(queries=self.grid * self.grid, weights=True)
+        refit = self.queries if self.is_fitted else 0
+        return Needs(content=True, folds=True, planes=("log_weight",), refit=refit)
 
     def allocate(self, problem: Problem) -> Allocation:
+        geometry, means = problem.geometry, self.query_means
+        shape = (len(problem.schedule), geometry.layers, geometry.heads, geometry.head_dim)
+        if means is not None and means.shape != shape:
+            raise ValueError(f"query means are of {means.shape}, the model is {shape}")
         return capped(problem)
 
     def scratch(self, sizes: StepSizes) -> list[Region]:
@@ -70,7 +88,7 @@ class Centroid:
         lanes, kept, dim = rows * heads, sizes.kept, sketch_size(sizes.head_dim)
         block = _block(lanes, kept, count)
         return [
-            *attention_scratch(sizes, self.needs.queries),
+            *seen_scratch(sizes, min(self.queries, sizes.fresh)),
             *best_scratch(sizes),
             Region("sorted", (lanes, count), "float32"),
             Region("order", (lanes, count), "int64"),
@@ -93,11 +111,12 @@ class Centroid:
     def select(self, candidates: Candidates) -> Selection:
         scratch, keys, keep = candidates.scratch, candidates.keys, candidates.keep
         rows, heads, count, _ = keys.shape
-        lanes, size = rows * heads, candidates.schedule.sizes[candidates.scale]
-        scores = attention_received(candidates, centres_on(size, self.grid, keys.device))
+        lanes = rows * heads
+        seen = look(candidates, self._window(candidates))
+        scores = seen.received
         order = part_of(scratch["order"], lanes, count)
         ranked = part_of(scratch["sorted"], lanes, count)
-        torch.sort(scores.flatten(0, 1), dim=1, descending=True, out=(ranked, order))
+        torch.sort(scores, dim=1, descending=True, out=(ranked, order))
 
         firsts = np.array([math.ceil(self.first_share * n) for n in keep.tolist()])
         most, first, least = int(keep.max()), int(firsts.max()), int(firsts.min())
@@ -141,7 +160,30 @@ class Centroid:
             seeds[:, :, :first].masked_fill_(unused, count)
             unused = beyond(tuple((keep - firsts).tolist()), keys.device)
             seeds[:, :, first:].masked_fill_(unused, count)
-        return _in_order(seeds, rest, nearest[0], count, scratch)
+        places, into = _in_order(seeds, rest, nearest[0], count, scratch)
+        return Selection(places, into, seen=seen if self.is_fitted else None)
+
+    def _window(self, candidates: Candidates) -> Tensor:
+        """The queries that stand for those of the next scale, [lanes, n, head_dim]."""
+        queries, device = candidates.queries, candidates.keys.device
+        rows, fresh, heads, dim = queries.shape
+        which = evenly_spread(min(self.queries, fresh), fresh, device)
+        window = pick_queries(queries, which, candidates.scratch)
+        if self.query_means is not None:
+            moved = _moves(self, candidates.scale, candidates.layer, device)
+            window.view(rows, heads, -1, dim).add_(moved)
+        return window.mul_(candidates.softmax_scale)
+
+
+@lru_cache(maxsize=4096)
+def _moves(policy: Centroid, scale: int, layer: int, device: torch.device) -> Tensor:
+    """How far the mean query of each head goes from this scale to the next, [heads, 1, head_dim],
+    on the device, copied there once.
+    """
+    assert policy.query_means is not None
+    before, after = policy.query_means[scale : scale + 2, layer]
+    with torch.inference_mode(False):  # it outlives a caller's inference_mode
+        return torch.from_numpy(after - before).to(device).unsqueeze(1)
 
 
 def _block(lanes: int, kept: int, count: int) -> int:
@@ -201,7 +243,7 @@ def _gather(sketches: Tensor, places: Tensor, name: str, scratch: Mapping[str, T
 
 def _in_order(
     seeds: Tensor, rest: Tensor, nearest: Tensor, count: int, scratch: Mapping[str, Tensor]
-) -> Selection:
+) -> tuple[Tensor, Tensor]:
     """The seeds [rows, heads, m] ascending, and every candidate's seed by its new number."""
     rows, heads, most = seeds.shape
     keep, ranks = ascending(seeds, count, scratch)
@@ -209,4 +251,11 @@ def _in_order(
     into.scatter_(1, rest, torch.gather(ranks.flatten(0, 1), 1, nearest.long()))
     number = torch.arange(most, device=seeds.device).expand_as(keep)
     into.scatter_(1, keep.flatten(0, 1), number.flatten(0, 1))  # also where others' keys are equal
-    return Selection(keep, into[:, :count].view(rows, heads, count))
+    return keep, into[:, :count].view(rows, heads, count)
+
+
+def centroid_from(profile: Profile | None) -> Centroid:
+    """With the profile's query means, if it has any."""
+    if profile is None or not profile.query_means:
+        return Centroid()
+    return Centroid(query_means=np.array(profile.query_means, dtype=np.float32))

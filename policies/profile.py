@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,10 +24,12 @@ from policies.schedule import ScaleSchedule
 MAX_FILE_BYTES = 16 * 2**20
 
 
+Table = tuple[tuple[FiniteFloat, ...], ...]
+
+
 class _DataFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1]
     model: str
     sizes: tuple[tuple[PositiveInt, ...], ...]  # the schedule it was made for
 
@@ -35,37 +39,87 @@ class _DataFile(BaseModel):
 
 
 class Profile(_DataFile):
-    """Statistics per scale and layer, [scales][layers].
+    """Statistics that policies take roles and budgets from.
 
+    Per scale and layer, [scales][layers]:
     selectivity: ScaleKV's Attention Selectivity Index; 0 at scale 0, which has no history.
     similarity: AMS-KV's inter-scale key similarity, a negative distance; 0 at scale 0.
     cached_mass: attention that goes to cached tokens, in [0, 1]; 0 at scale 0.
+
+    Per head, since version 2; empty in files of version 1:
+    mass: attention that a query of a scale gives to all tokens of a scale, its own or an earlier
+        one, in [0, 1], [scales][source scales][layers][heads]: scale n has n + 1 sources, whose
+        masses sum to 1.
+    column_variance: HACK's head score, [layers][heads]: at the last scale the variance over queries
+        of the attention that a key gets, summed over keys.
+    query_means: mean query, [scales][layers][heads][head_dim], as the model hands it to attention.
     """
 
+    version: Literal[1, 2]
     kind: Literal["profile"] = "profile"
     pictures: PositiveInt
-    selectivity: tuple[tuple[FiniteFloat, ...], ...]
-    similarity: tuple[tuple[FiniteFloat, ...], ...]
-    cached_mass: tuple[tuple[FiniteFloat, ...], ...]
+    selectivity: Table
+    similarity: Table
+    cached_mass: Table
+    mass: tuple[tuple[Table, ...], ...] = ()
+    column_variance: Table = ()
+    query_means: tuple[tuple[Table, ...], ...] = ()
 
     @model_validator(mode="after")
     def _shapes(self) -> Profile:
         _ = self.schedule  # raises ValueError for sizes that are no schedule
-        layers = len(self.selectivity[0]) if self.selectivity else 0
+        scales, layers = len(self.sizes), len(self.selectivity[0]) if self.selectivity else 0
         for name in ("selectivity", "similarity", "cached_mass"):
             table = getattr(self, name)
-            if len(table) != len(self.sizes) or any(len(line) != layers for line in table):
-                raise ValueError(f"{name} must be {len(self.sizes)} scales of {layers} layers")
+            if len(table) != scales or any(len(line) != layers for line in table):
+                raise ValueError(f"{name} must be {scales} scales of {layers} layers")
         if layers == 0:
             raise ValueError("a profile needs at least one layer")
+        if self.version == 1:
+            if self.mass or self.column_variance or self.query_means:
+                raise ValueError("a profile of version 1 has no statistics per head")
+            return self
+        heads = len(self.column_variance[0]) if self.column_variance else 0
+        shape = f"{layers} layers of {heads} heads"
+        if not heads or not _is_table(self.column_variance, layers, heads):
+            raise ValueError(f"column_variance must be {layers} layers of so many heads each")
+        if [len(sources) for sources in self.mass] != list(range(1, scales + 1)):
+            raise ValueError("mass must be of 1, 2, ... source scales, one more at each scale")
+        if not all(_is_table(table, layers, heads) for line in self.mass for table in line):
+            raise ValueError(f"mass of each source scale must be {shape}")
+        dim = len(self.query_means[0][0][0]) if self.query_means and self.query_means[0] else 0
+        if len(self.query_means) != scales or not all(
+            len(line) == layers and all(_is_table(table, heads, dim) for table in line)
+            for line in self.query_means
+        ):
+            raise ValueError(f"query_means must be of {scales} scales, {shape}")
         return self
 
     @property
     def layers(self) -> int:
         return len(self.selectivity[0])
 
+    def per_head(self, policy: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """mass, [scales, source scales, layers, heads], 0 where a source is later than the scale,
+        and column_variance, [layers, heads]. Raises ValueError for a profile of version 1.
+        """
+        if self.version == 1:
+            raise ValueError(
+                f"{policy} needs statistics per head, which a profile of version 1 has not: "
+                "calibrate again"
+            )
+        variance = np.array(self.column_variance)
+        mass = np.zeros((len(self.sizes), len(self.sizes), *variance.shape))
+        for scale, sources in enumerate(self.mass):
+            mass[scale, : scale + 1] = sources
+        return mass, variance
+
     def save(self, path: Path | str) -> None:
         Path(path).write_text(self.model_dump_json(indent=1) + "\n")
+
+
+def _is_table(table: Table, layers: int, heads: int) -> bool:
+    return len(table) == layers and all(len(line) == heads for line in table)
 
 
 class Preset(_DataFile):
@@ -75,6 +129,7 @@ class Preset(_DataFile):
     budgets: (drafter, refiner) tokens for the same scales, at a mean of ``budget_tokens``.
     """
 
+    version: Literal[1]
     kind: Literal["scalekv-preset"] = "scalekv-preset"
     source: str
     layers: PositiveInt

@@ -72,7 +72,7 @@ class ScaleKV:
 
     @property
     def needs(self) -> Needs:
-        return Needs(queries=self.window)
+        return Needs(content=True)
 
     def allocate(self, problem: Problem) -> Allocation:
         schedule, budget, layers = (

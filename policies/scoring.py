@@ -5,6 +5,7 @@ them; in float32, in tensors that the workspace lends.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -12,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from policies.base import Candidates, StepSizes
+from policies.base import Candidates, Seen, StepSizes
 from policies.schedule import Lengths
-from policies.scratch import Region, part_of
+from policies.scratch import Region, part_of, wide
 
-BLOCK = 256  # candidates that are turned into float32, or compared with centroids, at a time
+BLOCK = 256  # tokens of a lane that are turned into float32 at a time
 
 
 def patch_centres(size: tuple[int, ...], grid: int) -> NDArray[np.int64]:
@@ -38,6 +39,14 @@ def centres_on(size: tuple[int, ...], grid: int, device: torch.device) -> Tensor
     """patch_centres on the device, copied there once and not in every step."""
     with torch.inference_mode(False):  # they outlive a caller's inference_mode
         return torch.from_numpy(patch_centres(size, grid)).to(device)
+
+
+@lru_cache(maxsize=256)
+def evenly_spread(count: int, among: int, device: torch.device) -> Tensor:
+    """``count`` of the numbers 0..among - 1 at equal distances, int64, on the device."""
+    with torch.inference_mode(False):
+        places = ((2 * np.arange(count) + 1) * among) // (2 * count)
+        return torch.from_numpy(places).to(device)
 
 
 def block_scratch(sizes: StepSizes) -> list[Region]:
@@ -64,14 +73,34 @@ def float32_blocks(
         yield start, end, part_of(scratch["block"], *part.shape).copy_(part)
 
 
+def query_scratch(sizes: StepSizes, queries: int) -> list[Region]:
+    """What ``pick_queries`` works in."""
+    rows, heads, dim = sizes.rows, sizes.heads, sizes.head_dim
+    return [
+        Region("window", (rows * heads, queries, dim), "float32"),
+        Region("picked", (rows, queries, heads, dim), sizes.dtype),
+    ]
+
+
+def pick_queries(queries: Tensor, which: Tensor, scratch: Mapping[str, Tensor]) -> Tensor:
+    """Some of the queries [rows, fresh, heads, head_dim], in float32: [lanes, n, head_dim]."""
+    rows, _, heads, head_dim = queries.shape
+    count = which.numel()
+    picked = part_of(scratch["picked"], rows, count, heads, head_dim)
+    # index_select would copy all queries first where they are a view of q, k and v together
+    torch.ops.aten.index.Tensor_out(queries, [None, which], out=picked)
+    window = part_of(scratch["window"], rows * heads, count, head_dim)
+    window.view(rows, heads, count, head_dim).copy_(picked.transpose(1, 2))
+    return window
+
+
 def attention_scratch(sizes: StepSizes, queries: int) -> list[Region]:
     """What ``attention_received`` works in."""
     lanes, candidates = sizes.rows * sizes.heads, sizes.candidates
     block = min(BLOCK, candidates)
     return [
         *block_scratch(sizes),
-        Region("window", (lanes, queries, sizes.head_dim), "float32"),
-        Region("picked", (sizes.rows, queries, sizes.heads, sizes.head_dim), sizes.dtype),
+        *query_scratch(sizes, queries),
         Region("logits", (lanes, queries, block), "float32"),
         Region("weights", (lanes, queries, candidates), "float32"),
         Region("sums", (2, lanes, queries), "float32"),
@@ -80,20 +109,52 @@ def attention_scratch(sizes: StepSizes, queries: int) -> list[Region]:
     ]
 
 
+def seen_scratch(sizes: StepSizes, queries: int) -> list[Region]:
+    """What ``look`` works in: that of ``attention_received``, and what stays."""
+    lanes, dim = sizes.rows * sizes.heads, sizes.head_dim
+    stay = {"window", "scores"}
+    return [
+        *(
+            replace(region, stays=region.name in stay)
+            for region in attention_scratch(sizes, queries)
+        ),
+        Region("normaliser", (lanes, queries, 1), "float32", stays=True),
+        Region("outputs", (lanes, queries, dim), "float32", stays=True),
+    ]
+
+
 def attention_received(candidates: Candidates, centres: Tensor) -> Tensor:
     """Softmax attention of the queries at ``centres``, summed over them: [rows, heads,
     candidates], in scratch "scores". A candidate's log weight counts; one that is not there gets
     -1.
     """
+    window = pick_queries(candidates.queries, centres, candidates.scratch)
+    weights, _, total = _attention(candidates, window.mul_(candidates.softmax_scale))
+    return _received(candidates, weights, total.reciprocal_())
+
+
+def look(candidates: Candidates, window: Tensor) -> Seen:
+    """What queries ``window`` [lanes, n, head_dim], times the softmax scale, see of the candidates,
+    in scratch that stays.
+    """
+    scratch, lanes, count = candidates.scratch, window.shape[0], window.shape[1]
+    weights, most, total = _attention(candidates, window)
+    normaliser = part_of(scratch["normaliser"], lanes, count, 1)
+    torch.log(total, out=normaliser).add_(most)
+    outputs = part_of(scratch["outputs"], lanes, count, window.shape[2]).zero_()
+    for start, end, block in float32_blocks(candidates.values, scratch):
+        outputs.baddbmm_(weights[:, :, start:end], block)
+    received = _received(candidates, weights, total.reciprocal_())
+    return Seen(window, normaliser, outputs.mul_(total), received.flatten(0, 1))
+
+
+def _attention(candidates: Candidates, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax of the window's logits before it is divided by its sum, [lanes, n, candidates], and
+    what was subtracted from the logits, and the sums, [lanes, n, 1].
+    """
     scratch, keys = candidates.scratch, candidates.keys
-    rows, heads, count, head_dim = keys.shape
-    lanes, queries = rows * heads, centres.numel()
-    picked = part_of(scratch["picked"], rows, queries, heads, head_dim)
-    # index_select would copy all queries first where they are a view of q, k and v together
-    torch.ops.aten.index.Tensor_out(candidates.queries, [None, centres], out=picked)
-    window = part_of(scratch["window"], lanes, queries, head_dim)
-    window.view(rows, heads, queries, head_dim).copy_(picked.transpose(1, 2))
-    window.mul_(candidates.softmax_scale)
+    rows, heads, count, _ = keys.shape
+    lanes, queries = window.shape[:2]
     weights = part_of(scratch["weights"], lanes, queries, count)
     if keys.dtype == torch.float32:
         torch.bmm(window, keys.flatten(0, 1).transpose(1, 2), out=weights)
@@ -107,8 +168,14 @@ def attention_received(candidates: Candidates, centres: Tensor) -> Tensor:
     torch.amax(weights, dim=-1, keepdim=True, out=most)
     weights.sub_(most).exp_()
     torch.sum(weights, dim=-1, keepdim=True, out=total)
-    scores = part_of(scratch["scores"], lanes, 1, count)
-    torch.bmm(total.reciprocal_().transpose(1, 2), weights, out=scores)
+    return weights, most, total
+
+
+def _received(candidates: Candidates, weights: Tensor, shares: Tensor) -> Tensor:
+    """Weights [lanes, n, candidates] times shares [lanes, n, 1], summed over queries."""
+    rows, heads, count, _ = candidates.keys.shape
+    scores = part_of(candidates.scratch["scores"], rows * heads, 1, count)
+    torch.bmm(shares.transpose(1, 2), weights, out=scores)
     scores = scores.view(rows, heads, count)
     if candidates.log_weights is not None:
         scores.masked_fill_(candidates.log_weights.squeeze(2).isneginf(), -1.0)
@@ -153,6 +220,16 @@ def ascending(places: Tensor, count: int, scratch: Mapping[str, Tensor]) -> tupl
     torch.gather(counted, 2, places, out=ranks).sub_(1)
     ordered = part_of(scratch["ascending"], *places.shape).fill_(count)
     return ordered.scatter_(2, ranks, places), ranks
+
+
+def take(tokens: Tensor, places: Tensor, out: Tensor) -> Tensor:
+    """Tokens [rows, heads, n, width] at places [rows, heads, m] into out [rows, heads, m, width].
+    torch.gather would make a float32 copy of half numbers.
+    """
+    source, target = wide(tokens.flatten(0, 1), out.flatten(0, 1))
+    lane = torch.arange(source.shape[0], device=places.device).unsqueeze(1)
+    torch.ops.aten.index.Tensor_out(source, [lane, places.flatten(0, 1)], out=target)
+    return out
 
 
 @lru_cache(maxsize=4096)

@@ -28,12 +28,14 @@ class Region:
 
     by_torch: torch allocates it inside one of its functions; counted, but not part of the
         workspace that is made beforehand.
+    stays: its content lasts to the end of the step, beyond the phase that it is declared for.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     by_torch: bool = False
+    stays: bool = False
 
     @property
     def num_bytes(self) -> int:

@@ -8,7 +8,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from kvruntime import CacheOptions, PagedKVCache
-from kvruntime.planning.regions import Kind
+from kvruntime.planning.shapes import Kind
 from policies import CacheGeometry
 from tests.lanes import Dense, check_attention, check_contents
 from tests.support import Spy, policies, schedules
@@ -65,7 +65,7 @@ def cases(
     """A generation that can be planned. Quantised ones have a head dimension of 32 or more."""
     dtype = draw(st.sampled_from(dtypes))
     layers = draw(st.integers(1, 3))
-    schedule = draw(schedules)
+    heads, schedule = draw(st.integers(1, 3)), draw(schedules)
     kv_dtype, groups, from_the_start = draw(formats)
     options = dict(draw(options))
     head_dim, page_size = draw(st.sampled_from(head_dims)), draw(st.sampled_from(page_sizes))
@@ -76,9 +76,9 @@ def cases(
             options["kv_start"] = draw(st.integers(0, len(schedule) - 1))
         page_size = max(page_size, draw(st.sampled_from([8, 16, 32, 48])))
     case = Case(
-        CacheGeometry(layers, draw(st.integers(1, 3)), head_dim, dtype, dtype),
+        CacheGeometry(layers, heads, head_dim, dtype, dtype),
         schedule,
-        Spy(draw(policies(layers))),
+        Spy(draw(policies(layers, heads, schedule))),
         draw(st.one_of(st.just(page_size), st.integers(1, max(1, schedule.history + 2)))),
         page_size,
         draw(st.integers(1, 3)),
@@ -123,7 +123,7 @@ def spoil(cache, generation):
     workspace.memory.fill_(0xFF)
     workspaces.give_back(workspace)
     is_free = torch.from_numpy(pool.allocator.references(range(pool.num_pages)) == 0)
-    for part in (pool.keys, pool.values, pool.weights):
+    for part in (pool.keys, pool.values, pool.planes):
         part[is_free] = 0xFF
 
 
@@ -133,21 +133,23 @@ def check_generation(case, cache, tolerance):
     """
     with cache.open(case.rows) as generation:
         plan = generation.plan
-        layers = [Dense(case) for _ in range(case.geometry.layers)]
+        layers = [Dense(case, plan) for _ in range(case.geometry.layers)]
         for scale in range(len(case.schedule)):
             for layer, dense in enumerate(layers):
                 q, k, v = fresh(case, scale, layer)
                 case.policy.chosen.clear()
+                case.policy.attended.clear()
                 spoil(cache, generation)
                 out = generation.attend(layer, q, k, v)
                 before = dense.lengths
                 dense.add(k, v, scale)
-                check_attention(dense, q, out, tolerance, f"scale {scale}, layer {layer}")
+                where = f"scale {scale}, layer {layer}"
+                check_attention(dense, q, out, tolerance, where, dense.attended(before))
                 check_tables(generation, scale, layer)
                 shape = plan.shape(scale, layer, min(plan.chunk_rows, case.rows))
                 folded = any(choice.selection.into is not None for choice in case.policy.chosen)
                 assert folded == (shape.kind is Kind.FOLD)
-                dense.keep(plan, scale, layer, before)
+                dense.keep(scale, layer, before)
                 check_contents(generation, scale, layer, dense)
         stats = generation.stats
         assert stats.live_pages == 0, "the last scale leaves pages"

@@ -1,32 +1,37 @@
 """What lanes should hold, as plain tensors in float64 beside the pages."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from kvruntime.storage.records import dequantize, quantize
+from tests.folds import fit, rounding_bounds
 from tests.support import dense_attention
 
 
 @dataclass(frozen=True)
 class Lane:
-    """tokens: [2, n, head_dim], K and V in the model's number format. log_weights: float64 [n].
-    numbers: of the tokens, for policies that choose by them. bounds: how far what is stored may
-    lie from ``tokens``, float64, of the same shape; None: not at all. weight_bounds: likewise.
+    """tokens: [2, n, head_dim], K and V in the model's number format. planes: float64 [n, planes],
+    of plan.planes. numbers: of the tokens, for policies that choose by them. bounds: how far what
+    is stored may lie from ``tokens``, float64, of the same shape; None: not at all. fitted: V and
+    log weights for K as it is stored, where they are fitted to queries.
     """
 
     tokens: torch.Tensor
-    log_weights: torch.Tensor
+    planes: torch.Tensor
     numbers: torch.Tensor
     bounds: torch.Tensor | None = None
-    weight_bounds: torch.Tensor | None = None
+    fitted: Callable | None = None
 
     def take(self, places):
         return replace(
             self,
             tokens=self.tokens[:, places],
-            log_weights=self.log_weights[places],
+            planes=self.planes[places],
             numbers=self.numbers[places],
         )
 
@@ -34,12 +39,12 @@ class Lane:
 class Dense:
     """One layer's lanes, kept by the policy's recorded choices."""
 
-    def __init__(self, case):
-        self.case = case
+    def __init__(self, case, plan):
+        self.case, self.plan = case, plan
         dtype = getattr(torch, case.geometry.key_dtype)
         empty = Lane(
             torch.zeros(2, 0, case.geometry.head_dim, dtype=dtype),
-            torch.zeros(0, dtype=torch.float64),
+            torch.zeros(0, len(plan.planes), dtype=torch.float64),
             torch.zeros(0, dtype=torch.int64),
         )
         self.lanes = [[empty] * case.geometry.heads for _ in range(case.rows)]
@@ -55,29 +60,61 @@ class Dense:
 
     def add(self, k, v, scale):
         numbers = torch.arange(*self.case.schedule.span(scale))
+        planes = self._fresh_planes(scale)
 
         def longer(r, h, lane):
             return Lane(
                 torch.cat((lane.tokens, torch.stack((k[r, :, h], v[r, :, h]))), 1),
-                torch.cat((lane.log_weights, torch.zeros(numbers.numel(), dtype=torch.float64))),
+                torch.cat((lane.planes, planes)),
                 torch.cat((lane.numbers, numbers)),
             )
 
         self.change(longer)
 
-    def keep(self, plan, scale, layer, before):
+    def _fresh_planes(self, scale):
+        *lines, columns = self.case.schedule.sizes[scale]
+        places = [(i, j) for i in range(math.prod(lines)) for j in range(columns)]
+        known = {
+            "scale": [scale for _ in places],
+            "line": [(i + 0.5) / math.prod(lines) for i, _ in places],
+            "column": [(j + 0.5) / columns for _, j in places],
+        }
+        planes = [known.get(plane, [0] * len(places)) for plane in self.plan.planes]
+        return (
+            torch.tensor(planes, dtype=torch.float64).reshape(-1, len(places)).t().half().double()
+        )
+
+    def attended(self, before):
+        """Which of a lane's tokens its queries attended to, if the policy said so in this step."""
+        asked = self.case.policy.attended
+        if not asked:
+            return None
+        places = torch.cat([part for _, part in asked])
+        padded, counts = int(before.max()), asked[0][0]
+
+        def of_lane(r, h):
+            mine = places[r, h, : counts[h]]
+            assert not ((mine >= before[h]) & (mine < padded)).any(), "attended to an empty place"
+            assert mine.unique().numel() == mine.numel()
+            return torch.where(mine >= padded, mine - padded + int(before[h]), mine)
+
+        return of_lane
+
+    def keep(self, scale, layer, before):
         """Drop or fold what the policy did not choose, and store the rest as the plan says."""
+        plan = self.plan
         after, policy = plan.tokens[scale, layer], self.case.policy
         records = plan.records if plan.quantised[scale, layer] else None
         was = plan.was_quantised(scale, layer)
         drops = after.any() and (after < self.lengths).any()
-        folds = drops and policy.needs.weights
+        asked = after.any() and (drops or policy.needs.every_scale)
+        folds = asked and policy.needs.folds
         if records is not None and not folds:
             self.change(lambda r, h, lane: rounded(lane, records, before[h] if was else 0))
         if not after.any():
             self.change(lambda r, h, lane: lane.take([]))
-        elif drops and policy.needs.content:
-            self._choose(after, before, records if folds else None, folds)
+        elif asked and policy.needs.content:
+            self._choose(after, before, records, folds)
         elif drops:
             self._choose_by_number(scale, after)
         assert (self.lengths == after).all(), f"scale {scale}, layer {layer}: {self.lengths}"
@@ -119,54 +156,75 @@ class Dense:
         keep = torch.cat([choice.selection.keep for choice in chosen])
         assert keep.shape[0] == self.case.rows, "every row is chosen for once"
 
+        def there(h, numbers):
+            place = torch.arange(numbers.shape[2])
+            return (place < before[h]) | (place >= padded)
+
         def own(h, places):
             """Places of the padded candidates among a lane's own."""
             short = int(before[h])
             assert not ((places >= short) & (places < padded)).any(), "kept an empty place"
             return torch.where(places >= padded, places - padded + short, places)
 
+        if chosen[0].selection.scores is not None:
+            scores = torch.cat([choice.selection.scores for choice in chosen])
+            self.change(lambda r, h, lane: self._with_scores(lane, scores[r, h, there(h, scores)]))
         if not folds:
             self.change(lambda r, h, lane: lane.take(own(h, keep[r, h, : after[h]])))
             return
-        into = torch.cat([choice.selection.into for choice in chosen])
-        values, log_weights = (
-            None if parts[0] is None else torch.cat(parts)
-            for parts in (
-                [choice.selection.values for choice in chosen],
-                [choice.selection.log_weights for choice in chosen],
-            )
-        )
+        into, seen = torch.cat([choice.selection.into for choice in chosen]), None
+        if self.case.policy.needs.refit:
+            heads = self.case.geometry.heads
+            seen = torch.cat([choice.seen_by.unflatten(0, (-1, heads)) for choice in chosen])
 
         def folded(r, h, lane):
-            count, there = int(after[h]), torch.arange(into.shape[2])
-            mine = into[r, h, (there < before[h]) | (there >= padded)]
-            fitted = values[r, h, :count] if values is not None else None
-            weights = log_weights[r, h, :count].double() if log_weights is not None else None
-            places = own(h, keep[r, h, :count])
-            return fold(lane, places, mine, fitted, weights, records)
+            mine, places = into[r, h, there(h, into)], own(h, keep[r, h, : after[h]])
+            queries = None if seen is None else seen[r, h]
+            return self._fold(lane, places, mine, records, queries)
 
         self.change(folded)
 
+    def _with_scores(self, lane, scores):
+        planes = lane.planes.clone()
+        planes[:, self.plan.planes.index("score")] = scores.double()
+        return replace(lane, planes=planes)
 
-def fold(lane, places, into, fitted, log_weights, records):
-    """Count-weighted means in float64, and how far float32 and the storage may be off them."""
-    count = places.numel()
-    shares = torch.zeros(count, into.numel(), dtype=torch.float64)
-    folded = into >= 0
-    shares[into[folded], folded.nonzero().flatten()] = lane.log_weights[folded].exp()
-    counts = shares.sum(1)
-    tokens = torch.einsum("cn,knd->kcd", shares / counts[:, None], lane.tokens.double())
-    if fitted is not None:
-        tokens[1] = fitted.double()
-    log_weights = counts.log() if log_weights is None else log_weights
-    bounds = 1e-5 * (1 + tokens.abs())
-    if records is not None:
-        grouped = tokens.unflatten(-1, (records.groups, -1))
-        step = (grouped.amax(-1) - grouped.amin(-1)) / (2**records.bits - 1)
-        rounding = 2.0**-11 * (grouped.abs().amax(-1) + 2**records.bits * step)
-        bounds = bounds + (0.501 * step + rounding).unsqueeze(-1).expand_as(grouped).flatten(-2)
-    bounds = bounds + torch.finfo(lane.tokens.dtype).eps * (tokens.abs() + bounds)
-    return Lane(tokens, log_weights, lane.numbers[places], bounds, 1e-3 * (1 + log_weights.abs()))
+    def _fold(self, lane, places, into, records, queries):
+        """Weighted means in float64, and how far float32 and the storage may be off them."""
+        count, names = places.numel(), self.plan.planes
+        weights = torch.ones(into.numel(), dtype=torch.float64)
+        if "log_weight" in names:
+            weights = lane.planes[:, names.index("log_weight")].exp()
+        shares = torch.zeros(count, into.numel(), dtype=torch.float64)
+        folded = into >= 0
+        shares[into[folded], folded.nonzero().flatten()] = weights[folded]
+        counts = shares.sum(1)
+        mean = shares / counts[:, None]
+        tokens = torch.einsum("cn,knd->kcd", mean, lane.tokens.double())
+        planes = mean @ lane.planes
+        if "log_weight" in names:
+            planes[:, names.index("log_weight")] = counts.log()
+        fitted = None
+        if queries is not None:
+            some = queries.double()
+            bias = lane.planes[:, names.index("log_weight")]
+            fitted = partial(
+                fit, some, lane.tokens.double(), bias, shares > 0, counts.log(), tokens[1]
+            )
+        bounds = rounding_bounds(tokens, records, lane.tokens.dtype)
+        return Lane(tokens, planes, lane.numbers[places], bounds, fitted)
+
+
+def as_fitted(lane, keys, plan, is_quantised):
+    """The lane with V and log weights for the keys that are stored."""
+    values, log_weights = lane.fitted(keys)
+    planes = lane.planes.clone()
+    planes[:, plan.planes.index("log_weight")] = log_weights
+    tokens = torch.stack((lane.tokens[0], values))
+    records, dtype = plan.records if is_quantised else None, getattr(torch, plan.geometry.key_dtype)
+    bounds = rounding_bounds(tokens, records, dtype, error=1e-3)
+    bounds[0] = lane.bounds[0]
+    return replace(lane, tokens=tokens, planes=planes, bounds=bounds)
 
 
 def rounded(lane, records, first):
@@ -182,19 +240,22 @@ def rounded(lane, records, first):
     return replace(lane, tokens=torch.cat((lane.tokens[:, :first], into), 1))
 
 
-def check_attention(dense, q, out, tolerance, where):
-    """``out`` is attention over all that the lanes hold."""
+def check_attention(dense, q, out, tolerance, where, attended=None):
+    """``out`` is attention over all that the lanes hold, or over ``attended(row, head)`` of it."""
     for r, row in enumerate(dense.lanes):
         for h, lane in enumerate(row):
-            wanted = dense_attention(
-                q[r, :, h], *lane.tokens, dense.case.softmax_scale, lane.log_weights
-            )
+            if attended is not None:
+                lane = lane.take(attended(r, h))
+            names, bias = dense.plan.planes, None
+            if "log_weight" in names:
+                bias = lane.planes[:, names.index("log_weight")]
+            wanted = dense_attention(q[r, :, h], *lane.tokens, dense.case.softmax_scale, bias)
             error = (out[r, :, h].double() - wanted).abs().max()
             assert error < tolerance, f"{where}: {error}"
 
 
 def stored(generation, scale, layer, row, head):
-    """A lane's tokens [2, n, head_dim] and log weights [n] or None, as its pages hold them."""
+    """A lane's tokens [2, n, head_dim] and planes [n, planes], as its pages hold them."""
     plan, table = generation.plan, generation._tables[layer]
     pages = generation._runner.pages(bool(plan.quantised[scale, layer]))
     length, count = int(table.lengths[row, head]), int(table.num_pages[row, head])
@@ -205,10 +266,10 @@ def stored(generation, scale, layer, row, head):
         numbers = torch.empty(2, length, plan.geometry.head_dim, dtype=dtype)
         dequantize(held, pages.records, numbers)
         held = numbers
-    weights = None
-    if pages.weights is not None:
-        weights = pages.weights[ids][:, : pages.page_size].flatten()[:length]
-    return held, weights
+    planes = torch.zeros(length, 0)
+    if pages.planes is not None:
+        planes = pages.planes[ids][:, : pages.page_size].flatten(0, 1)[:length]
+    return held, planes.double()
 
 
 def check_contents(generation, scale, layer, dense):
@@ -218,21 +279,22 @@ def check_contents(generation, scale, layer, dense):
     in_order = dense.case.policy.needs.content
 
     def same(r, h, lane):
-        held, weights = stored(generation, scale, layer, r, h)
-        if lane.bounds is None and in_order:
-            assert torch.equal(held, lane.tokens)
-        elif lane.bounds is None:
-            flat, wanted = (torch.cat(tuple(part), 1).tolist() for part in (held, lane.tokens))
+        held, planes = stored(generation, scale, layer, r, h)
+        if lane.bounds is None and not in_order:
+            flat, wanted = (
+                torch.cat((*part, numbers), 1).tolist()
+                for part, numbers in ((held.double(), planes), (lane.tokens.double(), lane.planes))
+            )
             assert sorted(flat) == sorted(wanted)
             return lane
+        if lane.fitted is not None:
+            is_quantised = bool(dense.plan.quantised[scale, layer])
+            lane = as_fitted(lane, held[0].double(), dense.plan, is_quantised)
+        if lane.bounds is None:
+            assert torch.equal(held, lane.tokens)
         else:
             assert ((held.double() - lane.tokens).abs() <= lane.bounds).all()
-        if not dense.case.policy.needs.weights:
-            assert not lane.log_weights.any()
-            return lane
-        weights = weights.double()
-        allowed = 0.0 if lane.weight_bounds is None else lane.weight_bounds
-        assert ((weights - lane.log_weights).abs() <= allowed).all()
-        return Lane(held, weights, lane.numbers)
+        assert ((planes - lane.planes).abs() <= 1e-3 * (1 + lane.planes.abs())).all()
+        return Lane(held, planes, lane.numbers)
 
     dense.change(same)

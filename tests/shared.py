@@ -9,7 +9,7 @@ from policies import AMSKV, CacheGeometry, Centroid, ScaleSchedule, SlidingWindo
 from tests.generations import Case, fresh
 from tests.support import RandomFold, RandomPolicy
 
-PAGE_BYTES, WEIGHT_BYTES = 960, 16
+PAGE_BYTES, PLANE_BYTES = 960, 16
 SCHEDULE = ScaleSchedule.of([1, 2, 1, (1, 3), 2])
 
 
@@ -34,7 +34,7 @@ CASES = {
 
 
 def pool_of(num_pages):
-    return Pool(num_pages=num_pages, page_bytes=PAGE_BYTES, weight_bytes=WEIGHT_BYTES)
+    return Pool(num_pages=num_pages, page_bytes=PAGE_BYTES, plane_bytes=PLANE_BYTES)
 
 
 class Twin:

@@ -1,6 +1,6 @@
 """Policies and oracles that tests share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -8,17 +8,23 @@ from hypothesis import strategies as st
 
 from policies import (
     AMSKV,
+    H2O,
     POLICY_NAMES,
     Allocation,
+    CacheGeometry,
     Centroid,
     Needs,
+    Problem,
     Profile,
     ScaleKV,
     ScaleSchedule,
     Selection,
+    SnapKV,
     make_policy,
 )
+from policies.heatkv import heatkv_from
 from policies.recency import highest
+from policies.scoring import evenly_spread, look, pick_queries, seen_scratch
 
 sizes = st.one_of(
     st.integers(1, 4),
@@ -30,12 +36,16 @@ schedules = st.one_of(  # short ones by themselves: most of hypothesis' lists wo
 ).map(ScaleSchedule.of)
 
 
+PLAIN_POLICIES = tuple(name for name in POLICY_NAMES if name not in ("hackpp", "heatkv"))
+"""Those that need no profile."""
+
+
 @dataclass(frozen=True)
 class RandomPolicy:
     """Keeps any number of any tokens, as the contract of policies allows. Without queries it
-    chooses by token number; with them each row for itself. ``is_ragged`` heads keep different
-    numbers, sometimes none. In every third seed all layers keep as many; every other one says by
-    itself when each layer is quantised.
+    chooses by token number; with them each row for itself, and adds up scores in some seeds.
+    ``is_ragged`` heads keep different numbers, sometimes none. In every third seed all layers keep
+    as many; every other one says by itself when each layer is quantised.
     """
 
     seed: int
@@ -45,7 +55,8 @@ class RandomPolicy:
 
     @property
     def needs(self):
-        return Needs(queries=self.num_queries)
+        adds_up = self.num_queries and self.seed % 5 < 2
+        return Needs(content=bool(self.num_queries), planes=("score",) if adds_up else ())
 
     def allocate(self, problem):
         rng = np.random.default_rng(self.seed)
@@ -67,13 +78,21 @@ class RandomPolicy:
     def select(self, candidates):
         seed = self.seed + candidates.scale * 100
         if self.num_queries:
-            return Selection(random_places(candidates, seed + candidates.layer))
+            keep = random_places(candidates, seed + candidates.layer)
+            return Selection(keep, scores=self._scores(candidates, seed))
         positions = candidates.positions
         numbers = np.random.default_rng(seed).random(
             (positions.shape[1], candidates.schedule.total)
         )
         ranks = torch.from_numpy(numbers).gather(1, positions[0].clamp(min=0))[None]
         return highest(ranks.masked_fill(positions < 0, -1.0), candidates.keep)
+
+    def _scores(self, candidates, seed):
+        """A random number more for each candidate; in some seeds nothing."""
+        if "score" not in self.needs.planes or self.seed % 3 == 0:
+            return None
+        old = candidates.planes["score"].float()
+        return old + torch.rand(old.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_places(candidates, seed):
@@ -91,33 +110,41 @@ def random_places(candidates, seed):
 
 @dataclass(frozen=True)
 class RandomFold(RandomPolicy):
-    """The same, and what is not kept is folded into any kept token or dropped. Some seeds fit
-    values, some log weights, some both.
+    """The same, and what is not kept is folded into any kept token or dropped. Some seeds without
+    log weights, some fitted to queries, some with scores and origins.
     """
 
     name: str = "random fold"
 
+    def scratch(self, sizes):
+        refit = min(self.needs.refit, sizes.fresh)
+        return seen_scratch(sizes, refit) if refit else []
+
     @property
     def needs(self):
-        return Needs(queries=self.num_queries, weights=True)
+        planes = ("log_weight",) if self.seed % 4 else ()
+        planes += ("score", "line") if self.seed % 5 < 2 else ()
+        refit = (0, 0, 1, 5)[self.seed % 4]
+        return Needs(content=True, folds=True, planes=planes, refit=refit)
 
     def select(self, candidates):
         seed = self.seed + candidates.scale * 100 + candidates.layer
         keep = random_places(candidates, seed)
         generator = torch.Generator().manual_seed(seed + 50)
-        (rows, heads, most), (count, head_dim) = keep.shape, candidates.keys.shape[2:]
+        rows, heads, count, _ = candidates.keys.shape
         held = torch.from_numpy(candidates.keep)[:, None]
         luck = torch.rand(rows, heads, count, generator=generator)
         into = (luck * (held + 1)).long().clamp(max=held) - 1
         for head, kept in enumerate(candidates.keep.tolist()):
             number = torch.arange(kept).expand(rows, kept)
             into[:, head].scatter_(1, keep[:, head, :kept], number)
-        values = log_weights = None
-        if self.seed % 4 in (1, 2):
-            values = torch.randn(rows, heads, most, head_dim, generator=generator)
-        if self.seed % 4 in (2, 3):
-            log_weights = torch.randn(rows, heads, most, generator=generator)
-        return Selection(keep, into, values, log_weights)
+        scores, seen = self._scores(candidates, seed), None
+        if self.needs.refit:
+            fresh, device = candidates.queries.shape[1], keep.device
+            which = evenly_spread(min(self.needs.refit, fresh), fresh, device)
+            window = pick_queries(candidates.queries, which, candidates.scratch)
+            seen = look(candidates, window.mul_(candidates.softmax_scale))
+        return Selection(keep, into, scores, seen)
 
 
 @dataclass(frozen=True)
@@ -129,17 +156,20 @@ class Choice:
     positions: np.ndarray  # [1, heads, candidates]; empty for policies that look at the content
     cached: int
     selection: Selection
+    seen_by: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class Spy:
-    """Any policy, with its choices written down: by content, those since ``chosen`` was cleared;
-    by token number, all of them, since each is made once for all layers that are alike.
+    """Any policy, with its choices written down: by content, those since ``chosen`` was cleared,
+    and what its queries attended to since ``attended`` was; by token number, all of them, since
+    each is made once for all layers that are alike.
     """
 
     inner: object
     chosen: list = field(default_factory=list)
     known: list = field(default_factory=list)
+    attended: list = field(default_factory=list)
 
     @property
     def name(self):
@@ -155,9 +185,14 @@ class Spy:
     def scratch(self, sizes):
         return self.inner.scratch(sizes)
 
+    def attend_to(self, candidates):
+        places = self.inner.attend_to(candidates)
+        self.attended.append((candidates.keep.copy(), places.clone()))
+        return places
+
     def select(self, candidates):
         selection = self.inner.select(candidates)
-        parts = (selection.keep, selection.into, selection.values, selection.log_weights)
+        parts = (selection.keep, selection.into, selection.scores)
         own = Selection(*(None if part is None else part.clone() for part in parts))
         by_content = self.needs.content
         choice = Choice(
@@ -166,18 +201,19 @@ class Spy:
             candidates.positions.numpy().copy(),
             candidates.cached if by_content else 0,
             own,
+            None if selection.seen is None else selection.seen.queries.clone(),
         )
         (self.chosen if by_content else self.known).append(choice)
         return selection
 
 
 @st.composite
-def policies(draw, layers):
+def policies(draw, layers, heads, schedule):
     """A policy, its roles drawn at random where it has any."""
     some_layers = st.frozensets(st.integers(0, layers - 1), max_size=layers)
-    kinds = [*POLICY_NAMES, "roles", "demanding", "random", "random", "random", "fold", "fold"]
+    kinds = [*POLICY_NAMES, "roles", "demanding", "any", "any", "any", "fold", "fold"]
     kind = draw(st.sampled_from(kinds))
-    if kind == "random":
+    if kind == "any":
         return RandomPolicy(
             draw(st.integers(0, 1000)), draw(st.integers(0, 1)), draw(st.booleans())
         )
@@ -191,25 +227,54 @@ def policies(draw, layers):
             draw(some_layers), draw(st.floats(0.1, 1.0)), condensed=draw(st.integers(1, 2))
         )
     if kind == "centroid":
-        return Centroid(draw(st.integers(1, 2)), draw(st.sampled_from([0.3, 0.75, 1.0])))
+        share = draw(st.sampled_from([0.3, 0.75, 1.0]))
+        return Centroid(draw(st.sampled_from([1, 3, 64])), share, draw(st.booleans()))
+    if kind == "h2o":
+        return H2O(draw(st.sampled_from([0.0, 0.5])))
+    if kind == "snapkv":
+        return SnapKV(draw(st.integers(1, 4)), draw(st.sampled_from([1, 5])))
+    if kind in ("hack", "hackpp", "heatkv"):
+        profile = profile_of(schedule, layers, heads, draw(st.integers(0, 9)))
+        if kind == "heatkv":
+            return heatkv_from(profile, draw(st.integers(1, 3)), draw(st.booleans()))
+        policy = make_policy(kind, profile)
+        ratio = draw(st.sampled_from([1.0, 1.5, 3.0]))
+        return replace(policy, attend_ratio=ratio) if kind == "hackpp" else policy
     return ScaleKV(grid=2) if kind == "scalekv" else make_policy(kind)
 
 
-def profile_of(schedule, layers, seed=0):
-    """A well-formed profile with random statistics."""
+def problem_of(schedule, budget=1):
+    """What a policy is asked about, where only the schedule matters."""
+    return Problem(CacheGeometry(1, 1, 4), schedule, budget)
+
+
+def profile_of(schedule, layers, heads=None, seed=0, head_dim=4):
+    """A well-formed profile with random statistics; of version 1 without heads."""
     rng = np.random.default_rng(seed)
 
     def table():
         return rng.random((len(schedule), layers)).tolist()
 
+    by_head = {}
+    if heads:
+        mass = [
+            np.moveaxis(rng.dirichlet(np.ones(scale + 1), (layers, heads)), 2, 0).tolist()
+            for scale in range(len(schedule))
+        ]
+        by_head = {
+            "mass": mass,
+            "column_variance": rng.random((layers, heads)).tolist(),
+            "query_means": rng.normal(size=(len(schedule), layers, heads, head_dim)).tolist(),
+        }
     return Profile(
-        version=1,
+        version=2 if heads else 1,
         model="test",
         sizes=schedule.sizes,
         pictures=1,
         selectivity=table(),
         similarity=table(),
         cached_mass=table(),
+        **by_head,
     )
 
 

@@ -93,8 +93,8 @@ def _compile(capability: int, variants: list[tuple[str, int, int, RecordFormat |
     triton.JITFunction.run = compile_only
     for dtype, head_dim, page_size, records in variants:
         token = records.num_bytes(head_dim) if records else 2 * head_dim
-        layout = PageLayout(page_size, page_size * token, head_dim, dtype, records)
-        pool = Pool(num_pages=64, page_bytes=2 * layout.half_bytes, weight_bytes=2 * page_size)
+        layout = PageLayout(page_size, page_size * token, head_dim, dtype, records, planes=1)
+        pool = Pool(num_pages=64, page_bytes=2 * layout.half_bytes, plane_bytes=2 * page_size)
         pages = pool.view(layout)
         backend = xformers.XFormers(torch.device("cpu"), TORCH_DTYPES[dtype], head_dim, 10**6)
         assert backend.reads_pages(pages, 1, True)

@@ -110,9 +110,10 @@ class XFormers:
 
 def _page_bias(cached: Lanes) -> Tensor:
     """Log weights of the lanes in the order of their tables, float32 [lanes, width * page_size]."""
-    weights = cached.pages.weights
-    assert weights is not None
-    return weights[:, : cached.pages.page_size][cached.tables].flatten(1).float()
+    planes = cached.pages.planes
+    assert planes is not None
+    log_weights = planes[:, : cached.pages.page_size, 0]  # the first of PLANES
+    return log_weights[cached.tables].flatten(1).float()
 
 
 def unreadable(

@@ -44,7 +44,7 @@ def demo(
 ) -> None:
     """Draw emoji with the bundled model: on its own cache, and on ours at a budget."""
     with exit_codes():
-        from kvruntime.demo import print_report, run_demo, save_formats, save_picture
+        from kvruntime.demo import SHOWN, print_report, run_demo, save_formats, save_picture
 
         if policy not in POLICY_NAMES:
             raise ValueError(f"unknown policy {policy!r}; there are {', '.join(POLICY_NAMES)}")
@@ -64,6 +64,7 @@ def demo(
                 dtype,
                 progress,
                 pages={"kv_dtype": kv_dtype, "kv_groups": kv_groups, "kv_start": kv_start},
+                policies=SHOWN if policy in SHOWN else (*SHOWN, policy),
                 compare_formats=formats,
             )
         save_picture(report, own, ours, out / "demo.png")

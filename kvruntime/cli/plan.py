@@ -118,7 +118,7 @@ def plan_report(
         "token_bytes": made.token_bytes,
         "peak_token_bytes": made.peak_token_bytes,
         "page_bytes": made.page_bytes,
-        "weight_bytes": made.weight_bytes,
+        "plane_bytes": made.plane_bytes,
         "workspace_bytes": made.workspace_bytes,
         "peak_pages": made.peak_pages,
         "baseline": made.baseline_bytes(),

@@ -14,9 +14,10 @@ from kvruntime.adapters import attach
 from kvruntime.catalogue import VAR_256
 from kvruntime.quality import kl_nats, psnr_db
 from kvruntime.reference import EmojiVAR, load_classes, load_model
-from policies import POLICY_NAMES, TORCH_DTYPES
+from policies import TORCH_DTYPES
 
 MOST_PICTURES = 10_000
+SHOWN = ("full", "centroid", "scalekv", "ams_kv", "streaming_llm", "sliding_window")
 FORMATS: list[dict[str, Any]] = [
     {"policy": policy, "kv_dtype": kv_dtype, "kv_groups": groups, "kv_start": start}
     for policy in ("full", "scalekv")
@@ -37,7 +38,7 @@ def run_demo(
     seed: int,
     dtype: str,
     progress: Progress | None = None,
-    policies: tuple[str, ...] = POLICY_NAMES,
+    policies: tuple[str, ...] = SHOWN,
     pages: dict[str, Any] | None = None,
     compare_formats: bool = True,
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -142,7 +143,7 @@ def _compare(
         "leaked_pages": leaked,
         "token_bytes": stats.token_bytes,
         "page_bytes": stats.page_bytes,
-        "weight_bytes": stats.weight_bytes,
+        "plane_bytes": stats.plane_bytes,
         "workspace_bytes": stats.workspace_bytes,
         "baseline_bytes": stats.baseline_bytes,
         "seconds": elapsed,

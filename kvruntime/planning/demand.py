@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from kvruntime.planning.baseline import baseline_bytes
 from kvruntime.planning.positions import Positions
-from kvruntime.planning.regions import Kind, StepRegions, StepShape, declare, output_bytes
+from kvruntime.planning.regions import StepRegions, declare, output_bytes
+from kvruntime.planning.shapes import Kind, StepShape
 from kvruntime.sizes import largest, rows_by_scale
-from kvruntime.storage.layout import WEIGHT_BYTES, PageLayout, RecordFormat, stored_bytes
+from kvruntime.storage.layout import PLANE_BYTES, PageLayout, RecordFormat, stored_bytes
 from policies import CacheGeometry, Lengths, Policy, ScaleSchedule
 
 WORKSPACE_LIMIT = 2**30  # bytes; one row may exceed it, more rows may not
@@ -29,12 +30,14 @@ class Plan:
     tokens: tokens of each lane after (scale, layer), int64 [scales, layers, heads].
     quantised: whether a layer's tokens are records after a scale, bool [scales, layers].
     page_size, exact_page_size: records in a page, and exact tokens in one: pages are equally large.
-    bytes_per_page, weight_bytes_per_page: of a page's K and V, and of its log weights.
+    bytes_per_page, plane_bytes_per_page: of a page's K and V, and of its planes.
+    planes: numbers that a stored token has beside K and V (policies.base.PLANES).
     positions: what the host knows of every step.
+    attended: candidates that a lane's queries attend to at each scale, int64 [scales]; None: all.
     own: what the model's own cache would hold, where its number formats are others.
     declared, shapes, row_shapes: what was worked out already, shared by plans of other rows.
     Always: peak_pages == max over scales of rows_by_scale * max over layers of row_pages;
-        page_bytes == peak_pages * (bytes_per_page + weight_bytes_per_page).
+        page_bytes == peak_pages * (bytes_per_page + plane_bytes_per_page).
     """
 
     geometry: CacheGeometry
@@ -49,8 +52,10 @@ class Plan:
     page_size: int
     exact_page_size: int
     bytes_per_page: int  # K and V
-    weight_bytes_per_page: int
+    plane_bytes_per_page: int
+    planes: tuple[str, ...]
     positions: Positions
+    attended: Lengths | None = None
     own: CacheGeometry | None = None
     declared: dict[StepShape, StepRegions] = field(default_factory=dict, repr=False)
     shapes: dict[tuple[int, int, int], StepShape] = field(default_factory=dict, repr=False)
@@ -105,14 +110,14 @@ class Plan:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of every page that is live at the peak: K, V and log weights."""
-        return self.peak_pages * (self.bytes_per_page + self.weight_bytes_per_page)
+        """Bytes of every page that is live at the peak: K, V and planes."""
+        return self.peak_pages * (self.bytes_per_page + self.plane_bytes_per_page)
 
     @property
-    def weight_bytes(self) -> int:
-        """The part of page_bytes that log weights take; of policies that never fold 0, unless
-        the pool's pages have room for some."""
-        return self.peak_pages * self.weight_bytes_per_page
+    def plane_bytes(self) -> int:
+        """The part of page_bytes that planes take, log weights among them; of policies that have
+        none 0, unless the pool's pages have room for some."""
+        return self.peak_pages * self.plane_bytes_per_page
 
     @property
     def token_bytes(self) -> int:
@@ -127,8 +132,7 @@ class Plan:
     def _unit(self) -> NDArray[np.int64]:
         """Bytes of one kept token after each scale, [scales, layers]."""
         exact, stored = self.geometry.token_bytes, stored_bytes(self.geometry, self.records)
-        weight = WEIGHT_BYTES if self.policy.needs.weights else 0
-        return np.where(self.quantised, stored, exact) + weight
+        return np.where(self.quantised, stored, exact) + PLANE_BYTES * len(self.planes)
 
     @cached_property
     def chunk_rows(self) -> int:
@@ -198,6 +202,7 @@ class Plan:
             geometry.head_dim,
             geometry.key_dtype,
             self.records if quantised else None,
+            len(self.planes),
         )
 
     def longest_table(self, quantised: bool) -> int:
@@ -232,7 +237,8 @@ class Plan:
         elif known.keep is not None:
             kind = Kind.KEEP
         else:
-            kind = Kind.FOLD if self.policy.needs.weights else Kind.CHOOSE
+            kind = Kind.FOLD if self.policy.needs.folds else Kind.CHOOSE
+        folds = kind is Kind.FOLD
         size = self.page_size if was else self.exact_page_size
         new_size = self.page_size if becomes else self.exact_page_size
         cached, kept = int(before.max()), int(after.max())
@@ -257,8 +263,17 @@ class Plan:
             fresh_is_slice=shift is None or shift.fresh_is_slice,
             is_ragged=bool((before != cached).any()),
             is_even=bool((after == kept).all()),
-            weighted=self.policy.needs.weights,
+            planes=self.planes,
+            attended=self._attended(scale, before),
+            fitted=min(self.policy.needs.refit, self.schedule.tokens[scale]) if folds else 0,
         )
+
+    def _attended(self, scale: int, before: NDArray[np.int64]) -> int:
+        """Candidates that a lane's queries attend to at this scale; 0: all there are."""
+        if self.attended is None:
+            return 0
+        most = int(self.attended[scale])
+        return most if most < int(before.max()) + self.schedule.tokens[scale] else 0
 
 
 def running_total(after: NDArray[np.int64]) -> NDArray[np.int64]:

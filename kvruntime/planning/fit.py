@@ -16,7 +16,7 @@ from kvruntime.planning.positions import Positions
 from kvruntime.sizes import largest, parse_bytes, parse_share, rows_by_scale
 from kvruntime.storage.layout import (
     MOST_QUANTISED_TOKENS,
-    WEIGHT_BYTES,
+    PLANE_BYTES,
     PageLayout,
     RecordFormat,
     exact_page_size,
@@ -25,6 +25,8 @@ from kvruntime.storage.layout import (
     stored_bytes,
 )
 from policies import (
+    ORIGIN,
+    PLANES,
     Allocation,
     CacheGeometry,
     Policy,
@@ -48,7 +50,7 @@ def make_plan(
     *,
     rows_from: Mapping[int, int] | None = None,
     page_bytes: int | None = None,
-    weight_bytes: int | None = None,
+    plane_bytes: int | None = None,
     workspace_limit: int = WORKSPACE_LIMIT,
     own: CacheGeometry | None = None,
 ) -> Plan:
@@ -56,7 +58,7 @@ def make_plan(
 
     rows_from: {scale: rows from there on}, for samplers that drop rows half way. own: what the
     model's own cache would hold, where its number formats are others.
-    page_bytes, weight_bytes: of the pages of a pool that is there already; None: pages as the
+    page_bytes, plane_bytes: of the pages of a pool that is there already; None: pages as the
     options want them.
     A budget in bytes is solved for the most tokens whose pages, at the peak, take no more, by
     bisection: where a few more tokens need fewer pages (a format that begins earlier), those may be
@@ -80,7 +82,7 @@ def make_plan(
             tokens,
             page_size,
             page_bytes,
-            weight_bytes,
+            plane_bytes,
             limit,
         )
 
@@ -194,7 +196,7 @@ def _build(
     tokens: int,
     page_size: int,
     page_bytes: int | None,
-    weight_bytes: int | None,
+    plane_bytes: int | None,
     workspace_limit: int,
 ) -> Plan:
     records = options.records
@@ -215,13 +217,15 @@ def _build(
         shape = (len(schedule), geometry.layers, geometry.heads)
         allocation = Allocation(np.zeros(shape, dtype=np.int64))
     quantised = _quantised(allocation, options, records, page_size, exact)
-    needed = max(page_size, exact) * WEIGHT_BYTES if policy.needs.weights else 0
-    if weight_bytes is None:
-        weight_bytes = needed
-    elif weight_bytes < needed:
+    wanted = {*policy.needs.planes, *(ORIGIN if options.provenance else ())}
+    planes = tuple(plane for plane in PLANES if plane in wanted)
+    needed = max(page_size, exact) * PLANE_BYTES * len(planes)
+    if plane_bytes is None:
+        plane_bytes = needed
+    elif plane_bytes < needed:
         raise ValueError(
-            f"policy {policy.name} needs {needed} bytes of log weights in a page, the pool has "
-            f"{weight_bytes}: make it with Pool(weight_bytes={needed})"
+            f"policy {policy.name} needs {needed} bytes of planes in a page, the pool has "
+            f"{plane_bytes}: make it with Pool(plane_bytes={needed})"
         )
     return Plan(
         geometry=geometry,
@@ -236,8 +240,10 @@ def _build(
         page_size=page_size,
         exact_page_size=exact,
         bytes_per_page=page_bytes,
-        weight_bytes_per_page=weight_bytes,
+        plane_bytes_per_page=plane_bytes,
+        planes=planes,
         positions=Positions(policy, problem, allocation.tokens, quantised),
+        attended=allocation.attended,
     )
 
 

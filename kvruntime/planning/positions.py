@@ -76,7 +76,7 @@ class Positions:
         is_quantised: NDArray[np.bool_],
     ) -> None:
         self._policy = policy
-        self._problem = problem
+        self.problem = problem
         self._tokens = tokens
         self._quantised = is_quantised
         self._steps: dict[tuple[object, ...], tuple[KnownStep, Places]] = {}
@@ -99,7 +99,8 @@ class Positions:
         was = bool(self._quantised[scale - 1, layer]) if scale else False
         becomes = bool(self._quantised[scale, layer])
         handed_over = becomes != was and bool(before.any())
-        key = (scale, before.tobytes(), after.tobytes(), was, becomes, numbers.tobytes())
+        mine = layer if self._policy.needs.by_lane else None
+        key = (scale, mine, before.tobytes(), after.tobytes(), was, becomes, numbers.tobytes())
         if key not in self._steps:  # layers that are alike share what is worked out
             self._steps[key] = self._work_out(scale, layer, before, after, handed_over, numbers)
         self._resolved[scale, layer] = self._steps[key]
@@ -114,7 +115,7 @@ class Positions:
         handed_over: bool,
         numbers: Places,
     ) -> tuple[KnownStep, Places]:
-        schedule = self._problem.schedule
+        schedule = self.problem.schedule
         start, end = schedule.span(scale)
         cached, fresh, most = int(before.max()), end - start, int(after.max())
         is_even = bool((before == cached).all() and (after == most).all())
@@ -122,7 +123,7 @@ class Positions:
         candidates = _with_fresh(numbers, start, end)
         if most == 0:
             return KnownStep(np.empty((after.size, 0), dtype=np.int64), None), numbers[:, :0]
-        if not drops:
+        if not drops and not self._policy.needs.every_scale:
             keep = _append(before[:1] if is_even else before, fresh)
         elif self._policy.needs.content:
             return KnownStep(None, None), numbers
@@ -155,13 +156,14 @@ class Positions:
         is_even: bool,
     ) -> Places:
         """The policy's choice by token numbers, checked: [heads, m], or [1, m] for all alike."""
-        heads = 1 if is_even and len(candidates) == 1 else after.size
+        is_shared = is_even and len(candidates) == 1 and not self._policy.needs.by_lane
+        heads = 1 if is_shared else after.size
         keep = after[:heads]
         positions = np.broadcast_to(candidates, (heads, candidates.shape[1]))
         empty = self._empty
         chosen = self._policy.select(
             Candidates(
-                self._problem.schedule,
+                self.problem,
                 scale,
                 layer,
                 keep.copy(),  # a policy may write into what it gets

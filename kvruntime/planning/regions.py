@@ -8,92 +8,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
 
-from kvruntime.storage.layout import RecordFormat
+from kvruntime.planning.shapes import Kind, StepShape
 from kvruntime.storage.records import dequantize_scratch, quantize_scratch
-from policies import DTYPE_BYTES, Policy, Region, StepSizes, held_bytes, torch_bytes
+from policies import DTYPE_BYTES, Policy, Region, held_bytes, torch_bytes
+from policies.scoring import BLOCK
 
 READ_TOKENS = 1024  # of a lane, turned back from records at a time
 WRAPPED_BYTES = 64  # numbers that torch makes tensors of, a few at a time
-FOLD_TOKENS = 256  # of a lane, turned into float32 and added to their centroids at a time
-
-
-class Kind(Enum):
-    """How a step stores what it keeps."""
-
-    NOTHING = "nothing"  # the last scale
-    SHIFT = "shift"  # the host knows; what stays in a lane is not touched
-    KEEP = "keep"  # the host knows; every lane is written from its start
-    CHOOSE = "choose"  # the policy decides on the device
-    FOLD = "fold"  # the same, and kept tokens become means
-
-
-@dataclass(frozen=True, slots=True)
-class StepShape(StepSizes):
-    """Sizes of one layer's step for some rows.
-
-    table, page_size, reads: pages of the longest lane before, tokens in one, and their records
-        (None: exact). new_table, new_page_size, writes: the same after the step.
-    written: tokens written for one row, over its heads.
-    sources: of a shift, how many candidates are written to each lane; moved: how many are cached.
-    fresh_is_slice: of a shift, whether those of the new scale are neighbours.
-    is_ragged: whether heads differ in length before. is_even: whether they are equal after.
-    weighted: whether stored tokens have log weights.
-    """
-
-    kind: Kind
-    table: int
-    page_size: int
-    reads: RecordFormat | None
-    new_table: int
-    new_page_size: int
-    writes: RecordFormat | None
-    written: int
-    sources: int
-    moved: int
-    fresh_is_slice: bool
-    is_ragged: bool
-    is_even: bool
-    weighted: bool
-
-    @property
-    def places(self) -> int:
-        """Token places of a lane in the workspace: exact pages are copied whole."""
-        return max(self.candidates, 0 if self.reads else self.table * self.page_size)
-
-    @property
-    def needs_candidates(self) -> bool:
-        """Whether cached tokens must be read to store what is kept, attention aside."""
-        return self.kind in (Kind.KEEP, Kind.CHOOSE, Kind.FOLD)
-
-    @property
-    def gathers(self) -> bool:
-        """Whether there is anything to gather, if attention does not read pages."""
-        return self.cached > 0 or self.needs_candidates
-
-    @property
-    def copies_records(self) -> bool:
-        """Whether records that were cached are written as they are, and not quantised again."""
-        is_known = self.kind in (Kind.KEEP, Kind.CHOOSE)
-        return is_known and self.cached > 0 and self.reads is not None and self.reads == self.writes
-
-    @property
-    def weighs_in_place(self) -> bool:
-        """Whether a fold may multiply the gathered tokens themselves."""
-        return self.dtype == "float32" and self.places == self.candidates
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether logits of gathered tokens get something added."""
-        return self.cached > 0 and (self.is_ragged or self.weighted)
 
 
 @dataclass(frozen=True, slots=True)
 class StepRegions:
-    """Regions of a step, by phase."""
+    """Regions of a step, by phase; kept: those of select that last to the end of the step."""
 
     base: tuple[Region, ...]
+    kept: tuple[Region, ...]
     read: tuple[Region, ...]
     select: tuple[Region, ...]
     commit: tuple[Region, ...]
@@ -102,7 +32,8 @@ class StepRegions:
     def num_bytes(self) -> int:
         """Bytes of the workspace that the step uses."""
         phases = (self.read, self.select, self.commit)
-        return held_bytes(self.base) + max(held_bytes(phase) for phase in phases)
+        whole = held_bytes(self.base) + held_bytes(self.kept)
+        return whole + max(held_bytes(phase) for phase in phases)
 
     @property
     def torch_bytes(self) -> int:
@@ -114,13 +45,17 @@ class StepRegions:
 
 def declare(shape: StepShape, policy: Policy) -> StepRegions:
     """The regions of such a step."""
-    select = policy.scratch(shape) if shape.kind in (Kind.CHOOSE, Kind.FOLD) else []
-    if select:
+    select = policy.scratch(shape) if shape.asks_policy else []
+    if select and shape.kind in (Kind.CHOOSE, Kind.FOLD):
         each = _checked_bytes(shape)
         most = (shape.rows, shape.heads, shape.kept, each)
         select = [*select, Region("torch: check", most, "uint8", by_torch=True)]
     return StepRegions(
-        tuple(_base(shape)), tuple(_read(shape)), tuple(select), tuple(_commit(shape))
+        base=tuple(_base(shape)),
+        kept=tuple(region for region in select if region.stays),
+        read=tuple(_read(shape)),
+        select=tuple(region for region in select if not region.stays),
+        commit=tuple(_commit(shape)),
     )
 
 
@@ -144,10 +79,21 @@ def _base(shape: StepShape) -> list[Region]:
     if shape.has_bias:
         alike = rows if shape.weighted else 1
         regions.append(Region("log_weights", (alike, heads, 1, shape.candidates), "float32"))
+    if shape.gathers_planes:
+        room = (rows, heads, shape.places, len(shape.planes))
+        regions.append(Region("planes", room, "float16"))
     if shape.kind in (Kind.CHOOSE, Kind.FOLD):
         regions.append(Region("chosen", (rows, heads, shape.kept), "int64"))
     if shape.kind is Kind.FOLD:
         regions.append(Region("into", (rows, heads, shape.candidates), "int64"))
+    if shape.attended:
+        room = (rows, heads, shape.attended, shape.head_dim)
+        regions += [
+            Region("attended", (rows, heads, shape.attended), "int64"),
+            Region("attended_keys", room, shape.dtype),
+            Region("attended_values", room, shape.dtype),
+            Region("attended_weights", (rows, heads, 1, shape.attended), "float32"),
+        ]
     return regions
 
 
@@ -162,8 +108,9 @@ def _read(shape: StepShape) -> list[Region]:
         words = shape.reads.words(shape.head_dim)
         regions.append(Region("records", (lanes, tokens, words), "int32"))
         regions += dequantize_scratch(lanes, tokens, shape.head_dim, shape.dtype, shape.reads)
-    if shape.weighted:
-        regions.append(Region("halves", (rows, heads, shape.table, shape.page_size), "float16"))
+    if shape.weighted or shape.gathers_planes:
+        room = (rows, heads, shape.table, shape.page_size, len(shape.planes))
+        regions.append(Region("page_planes", room, "float16"))
     return regions
 
 
@@ -177,10 +124,10 @@ def _commit(shape: StepShape) -> list[Region]:
         Region("new_ids", (rows, shape.heads, shape.new_table), "int64"),
         Region("slots", (rows, shape.written), "int64"),
     ]
-    if shape.weighted:
+    if shape.planes:
         regions += [
-            Region("weight_slots", (rows, shape.written), "int64"),
-            Region("log_kept", (rows, shape.written), "float16"),
+            Region("plane_pages", (rows, shape.written), "int64"),
+            Region("kept_planes", (rows, shape.written, len(shape.planes)), "float16"),
         ]
     if shape.kind is Kind.SHIFT:
         moved, added = lanes * shape.moved, lanes * (shape.sources - shape.moved)
@@ -188,8 +135,8 @@ def _commit(shape: StepShape) -> list[Region]:
             Region("old_slots", (moved,), "int64"),
             Region("moved", (2, moved, width), stored),
         ]
-        if shape.weighted:
-            regions.append(Region("torch: log weights", (moved,), "float16", by_torch=True))
+        if shape.planes:
+            regions.append(Region("moved_planes", (moved, len(shape.planes)), "float16"))
         if shape.writes or not shape.fresh_is_slice:
             regions.append(Region("staged", (added, shape.head_dim), shape.dtype))
         if shape.writes:
@@ -213,10 +160,6 @@ def _keep(shape: StepShape) -> list[Region]:
         Region("at", (shape.rows, shape.written), "int64"),
         Region("staged", (written, shape.head_dim), shape.dtype),
     ]
-    if shape.weighted:
-        places = shape.heads * shape.kept
-        regions.append(Region("log_spread", (shape.rows, shape.heads, shape.kept), "float32"))
-        regions.append(Region("torch: places", (shape.rows, places), "int64", by_torch=True))
     if shape.copies_records:
         assert shape.writes is not None
         width = shape.writes.words(shape.head_dim)
@@ -232,7 +175,7 @@ def _keep(shape: StepShape) -> list[Region]:
 def _fold(shape: StepShape) -> list[Region]:
     """Of steps that write means."""
     lanes, written = shape.rows * shape.heads, shape.rows * shape.written
-    tokens = min(FOLD_TOKENS, shape.candidates)
+    tokens = min(BLOCK, shape.candidates)
     regions = [
         Region("sums", (lanes, shape.kept, shape.head_dim), "float32"),
         Region("counts", (lanes, shape.kept), "float32"),
@@ -242,15 +185,42 @@ def _fold(shape: StepShape) -> list[Region]:
         Region("torch: dropped", (lanes, shape.candidates), "bool", by_torch=True),
     ]
     if not shape.weighs_in_place:
-        regions += [
-            Region("block", (lanes, tokens, shape.head_dim), "float32"),
-            Region("torch: targets", (lanes, 2 * tokens), "int64", by_torch=True),
-        ]
+        regions.append(Region("block", (lanes, tokens, shape.head_dim), "float32"))
+        regions.append(Region("torch: targets", (lanes, 2 * tokens), "int64", by_torch=True))
     if not shape.is_even:
         regions.append(Region("packed", (written, shape.head_dim), "float32"))
         regions.append(Region("torch: packed", (shape.rows, shape.written), "float32", True))
     if shape.writes is None and shape.dtype != "float32":
         regions.append(Region("staged", (written, shape.head_dim), shape.dtype))
+    if set(shape.planes) - {"log_weight"}:
+        regions.append(Region("weighed", (lanes, shape.candidates), "float32"))
+        regions.append(Region("plane_sums", (lanes, shape.kept), "float32"))
+    return regions + (_refit(shape) if shape.fitted else [])
+
+
+def _refit(shape: StepShape) -> list[Region]:
+    """Of folds that are fitted to queries (step.refit)."""
+    lanes, written = shape.rows * shape.heads, shape.rows * shape.written
+    queries, kept, dim = shape.fitted, shape.kept, shape.head_dim
+    regions = [
+        Region("masses", (lanes, kept), "float32"),
+        Region("torch: gone", (lanes, shape.candidates), "bool", by_torch=True),
+        Region("kept_keys", (lanes, kept, dim), "float32"),
+        Region("logits_kept", (lanes, queries, kept), "float32"),
+        Region("attention_kept", (lanes, queries, kept), "float32"),
+        Region("moved", (lanes, kept), "float32"),
+        Region("got", (lanes, kept), "float32"),
+        Region("factor", (lanes, kept), "float32"),
+        Region("gram", (lanes, queries, queries), "float32"),
+        Region("triangle", (lanes, queries, queries), "float32"),
+        Region("status", (lanes,), "int32"),
+        Region("gap", (lanes, queries, dim), "float32"),
+        Region("solved", (lanes, queries, dim), "float32"),
+    ]
+    if shape.writes is not None or shape.dtype != "float32":
+        regions.append(Region("read_back", (written, dim), "float32"))
+    if shape.writes is not None:
+        regions += dequantize_scratch(1, written, dim, "float32", shape.writes)
     return regions
 
 

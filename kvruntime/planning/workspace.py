@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvruntime.planning.regions import StepRegions, StepShape
+from kvruntime.planning.regions import StepRegions
+from kvruntime.planning.shapes import StepShape
 from policies import TORCH_DTYPES, Region, held_bytes
 
 
@@ -17,6 +18,7 @@ class StepViews:
     """Tensors of a step by phase and name."""
 
     base: dict[str, Tensor]
+    kept: dict[str, Tensor]
     read: dict[str, Tensor]
     select: dict[str, Tensor]
     commit: dict[str, Tensor]
@@ -36,10 +38,12 @@ class Workspace:
     def views(self, shape: StepShape, regions: StepRegions) -> StepViews:
         """The regions of a step as tensors."""
         if shape not in self._views:
-            start = held_bytes(regions.base)
+            kept_at = held_bytes(regions.base)
+            start = kept_at + held_bytes(regions.kept)
             with torch.inference_mode(False):
                 self._views[shape] = StepViews(
                     base=self._carve(regions.base, 0),
+                    kept=self._carve(regions.kept, kept_at),
                     read=self._carve(regions.read, start),
                     select=self._carve(regions.select, start),
                     commit=self._carve(regions.commit, start),

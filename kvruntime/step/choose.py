@@ -9,8 +9,9 @@ from torch import Tensor
 from kvruntime.planning.demand import Plan
 from kvruntime.step.prepare import Prepared
 from kvruntime.step.read import Held
-from policies import Candidates, Selection
-from policies.scoring import beyond
+from policies import Candidates, Lengths, Selection
+from policies.base import Attending, Seen
+from policies.scoring import beyond, take
 
 
 def choose(plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: float) -> Selection:
@@ -18,20 +19,7 @@ def choose(plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: flo
     the number of candidates. Raises ValueError for one that is not as promised.
     """
     shape, base = step.shape, step.views.base
-    candidates = Candidates(
-        plan.schedule,
-        step.scale,
-        step.layer,
-        step.after.copy(),  # a policy may write into what it gets
-        torch.empty(0, dtype=torch.int64, device="cpu"),
-        q,
-        held.keys,
-        held.values,
-        held.log_weights,
-        softmax_scale,
-        step.views.select,
-    )
-    selection = plan.policy.select(candidates)
+    selection = plan.policy.select(_candidates(plan, step, held, q, softmax_scale, step.after))
     name, count = plan.policy.name, shape.candidates
     if not isinstance(selection, Selection):
         raise ValueError(f"policy {name} must return a Selection, got {selection!r}")
@@ -41,22 +29,90 @@ def choose(plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: flo
     if not shape.is_even:
         keep.masked_fill_(beyond(tuple(step.after.tolist()), keep.device), count)
     into = None
-    if selection.into is not None and not plan.policy.needs.weights:
-        raise ValueError(f"policy {name} folds: its needs must name weights")
+    if selection.into is not None and not plan.policy.needs.folds:
+        raise ValueError(f"policy {name} folds: its needs must say so")
     if selection.into is not None:
         _check_tensor(name, "into", selection.into, (*wanted[:2], count), torch.int64)
         into = base["into"].copy_(selection.into)
-        if selection.values is not None:
-            shape4 = (*wanted, shape.head_dim)
-            _check_tensor(name, "values", selection.values, shape4, None)
-        if selection.log_weights is not None:
-            _check_tensor(name, "log_weights", selection.log_weights, wanted, torch.float32)
-    elif plan.policy.needs.weights:
-        raise ValueError(f"policy {name} has weights and must say what it folds into what")
-    elif selection.values is not None or selection.log_weights is not None:
-        raise ValueError(f"policy {name} fits values or weights: its needs must name weights")
+    elif plan.policy.needs.folds:
+        raise ValueError(f"policy {name} folds and must say what it folds into what")
     _check_places(name, step, keep, into)
-    return Selection(keep, into, selection.values, selection.log_weights)
+    if selection.scores is not None:
+        if "score" not in shape.planes or held.planes is None:
+            raise ValueError(f"policy {name} gives scores: its needs must name the plane score")
+        _check_tensor(name, "scores", selection.scores, (*wanted[:2], count), None)
+        held.planes[..., shape.planes.index("score")] = selection.scores
+    if (selection.seen is None) == bool(shape.fitted):
+        raise ValueError(f"policy {name}: seen goes with the refit of its needs")
+    if selection.seen is not None:
+        _check_seen(name, step, selection.seen)
+    return Selection(keep, into, seen=selection.seen)
+
+
+def _check_seen(name: str, step: Prepared, seen: Seen) -> None:
+    shape = step.shape
+    lanes = shape.rows * shape.heads
+    for part, sizes in (
+        ("queries", (shape.fitted, shape.head_dim)),
+        ("normaliser", (shape.fitted, 1)),
+        ("outputs", (shape.fitted, shape.head_dim)),
+        ("received", (shape.candidates,)),
+    ):
+        _check_tensor(name, f"seen.{part}", getattr(seen, part), (lanes, *sizes), torch.float32)
+
+
+def choose_attended(
+    plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: float
+) -> Held:
+    """The candidates that the queries attend to, where the policy says which. Raises ValueError
+    for places that are not as promised.
+    """
+    policy, shape, base = plan.policy, step.shape, step.views.base
+    if not isinstance(policy, Attending):
+        raise ValueError(f"policy {policy.name} attends to some candidates: it needs attend_to")
+    counts = np.minimum(shape.attended, step.before + shape.fresh)
+    places = policy.attend_to(_candidates(plan, step, held, q, softmax_scale, counts))
+    wanted = (shape.rows, shape.heads, shape.attended)
+    _check_tensor(policy.name, "attended places", places, wanted, torch.int64)
+    places = base["attended"].copy_(places)
+    log_weights = base["attended_weights"].zero_()
+    unused = None
+    if counts.min() < shape.attended:
+        unused = beyond(tuple(counts.tolist()), places.device)
+        places.masked_fill_(unused, 0)
+    if held.log_weights is not None:
+        every = held.log_weights.expand(shape.rows, -1, -1, -1)
+        torch.gather(every, 3, places.unsqueeze(2), out=log_weights)
+    if unused is not None:
+        log_weights.squeeze(2).masked_fill_(unused, -torch.inf)
+    keys = take(held.keys, places, base["attended_keys"])
+    values = take(held.values, places, base["attended_values"])
+    return Held(keys, values, log_weights)
+
+
+def _candidates(
+    plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: float, keep: Lengths
+) -> Candidates:
+    return Candidates(
+        plan.positions.problem,
+        step.scale,
+        step.layer,
+        keep.copy(),  # a policy may write into what it gets
+        torch.empty(0, dtype=torch.int64, device="cpu"),
+        q,
+        held.keys,
+        held.values,
+        held.log_weights,
+        softmax_scale,
+        step.views.select | step.views.kept,
+        _planes(step, held),
+    )
+
+
+def _planes(step: Prepared, held: Held) -> dict[str, Tensor]:
+    if held.planes is None:
+        return {}
+    return {name: held.planes[..., place] for place, name in enumerate(step.shape.planes)}
 
 
 def _check_tensor(

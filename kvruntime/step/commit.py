@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from allocator import BlockTable
-from kvruntime.planning.regions import Kind
+from kvruntime.planning.shapes import Kind
 from kvruntime.step.prepare import Prepared
 from kvruntime.storage.pages import Pages, write
 from kvruntime.storage.pool import Pool
@@ -51,14 +51,12 @@ def commit(
     else:
         pages = np.ascontiguousarray(table.pages[step.rows, :, : step.shape.new_table])
         new_ids = commits["new_ids"].copy_(upload(device, [pages])[0])
-    rows, written = step.shape.rows, step.shape.written
+    rows = step.shape.rows
     page, offset = _written_places(step, device)
     slots = commits["slots"]
     torch.index_select(new_ids.view(rows, -1), 1, page, out=slots)
-    if step.shape.weighted:
-        assert new_pages.weights is not None
-        weight_slots = commits["weight_slots"].view(rows, written)
-        torch.mul(slots, new_pages.weights.shape[1], out=weight_slots).add_(offset)
+    if step.shape.planes:
+        commits["plane_pages"].copy_(slots)
     slots.mul_(step.shape.new_page_size).add_(offset)
     write_kept(new_pages, slots)
     pool.note_use()
@@ -97,12 +95,12 @@ def used(step: Prepared, device: torch.device) -> Tensor:
     )
 
 
-def pack_weights(step: Prepared, log_weights: Tensor) -> None:
-    """Log weights [rows, heads, kept] into "log_kept" [rows, written]."""
-    flat, kept = log_weights.reshape(step.shape.rows, -1), step.views.commit["log_kept"]
+def pack_plane(step: Prepared, plane: str, numbers: Tensor) -> None:
+    """One plane of all places, [lanes, kept], into "kept_planes"."""
+    flat, kept = numbers.reshape(step.shape.rows, -1), step.views.commit["kept_planes"]
     if not step.shape.is_even:
         flat = flat.index_select(1, used(step, flat.device))
-    kept.copy_(flat)
+    kept[:, :, step.shape.planes.index(plane)] = flat
 
 
 def write_numbers(step: Prepared, target: Tensor, slots: Tensor, numbers: Tensor) -> None:
@@ -119,8 +117,9 @@ def write_numbers(step: Prepared, target: Tensor, slots: Tensor, numbers: Tensor
     write(target, slots, stored)
 
 
-def write_weights(step: Prepared, pages: Pages) -> None:
-    """Write "log_kept" beside the tokens."""
-    assert pages.weights is not None
+def write_planes(step: Prepared, pages: Pages) -> None:
+    """Write "kept_planes" beside the tokens."""
+    assert pages.planes is not None
     commits = step.views.commit
-    pages.weights.view(-1)[commits["weight_slots"]] = commits["log_kept"]
+    offset = _written_places(step, commits["kept_planes"].device)[1]
+    pages.planes.index_put_((commits["plane_pages"], offset), commits["kept_planes"])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvruntime.step.commit import Write, pack_weights, used, write_weights
+from kvruntime.step.commit import Write, used, write_planes
 from kvruntime.step.prepare import Prepared
 from kvruntime.step.read import Held
 from kvruntime.storage.pages import Pages, read, write
@@ -28,8 +28,9 @@ def keep(
     if shape.copies_records:
         assert pages is not None and ids is not None
         old = _old_records(step, pages, ids, at)
-    if shape.weighted:
-        _carry_weights(step, held, chosen)
+    if shape.planes:
+        carried = step.views.base["planes"].flatten(0, 2)
+        torch.ops.aten.index.Tensor_out(carried, [at], out=commits["kept_planes"])
     staged = commits["staged"].view(shape.rows, shape.written, -1)
 
     def write_kept(new_pages: Pages, slots: Tensor) -> None:
@@ -47,8 +48,8 @@ def keep(
                     was_cached = commits["was_cached"].unsqueeze(-1)
                     torch.where(was_cached, old[index], stored, out=stored)
             write(target, slots, stored)
-        if shape.weighted:
-            write_weights(step, new_pages)
+        if shape.planes:
+            write_planes(step, new_pages)
 
     return write_kept
 
@@ -96,15 +97,3 @@ def _old_records(step: Prepared, pages: Pages, ids: Tensor, at: Tensor) -> Tenso
     read(pages.keys, place, old[0])
     read(pages.values, place, old[1])
     return old
-
-
-def _carry_weights(step: Prepared, held: Held, chosen: Tensor) -> None:
-    """Log weights of what is kept, into "log_kept"; zero where no candidate has one."""
-    shape, commits = step.shape, step.views.commit
-    if held.log_weights is None:
-        commits["log_kept"].zero_()
-        return
-    spread = commits["log_spread"]
-    places = chosen.clamp(max=shape.candidates - 1).expand(shape.rows, -1, -1)
-    torch.gather(held.log_weights.squeeze(2), 2, places, out=spread)
-    pack_weights(step, spread)

@@ -11,7 +11,7 @@ from allocator import BlockTable, Change
 from allocator.page_allocator import PageIds
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.positions import KnownStep
-from kvruntime.planning.regions import Kind, StepShape
+from kvruntime.planning.shapes import Kind, StepShape
 from kvruntime.planning.workspace import StepViews, Workspace
 from kvruntime.storage.pool import Pool
 
@@ -20,6 +20,7 @@ from kvruntime.storage.pool import Pool
 class Prepared:
     """A step of some rows before it runs.
 
+    size: of the scale, in tokens.
     ids: pages that hold the cached tokens, int32 [rows, heads, table].
     before, after: tokens of each head, [heads].
     change: what becomes of the pages.
@@ -28,6 +29,7 @@ class Prepared:
     scale: int
     layer: int
     rows: slice
+    size: tuple[int, ...]
     shape: StepShape
     views: StepViews
     known: KnownStep
@@ -63,6 +65,7 @@ def prepare(
         scale=scale,
         layer=layer,
         rows=rows,
+        size=plan.schedule.sizes[scale],
         shape=shape,
         views=workspace.views(shape, plan.regions(shape)),
         known=known,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvruntime.planning.regions import READ_TOKENS
@@ -22,11 +23,13 @@ class Held:
     keys, values: [rows, heads, candidates, head_dim].
     log_weights: float32 [rows or 1, heads, 1, candidates], -inf where a shorter head holds no
         token; None: nothing is added to the logits.
+    planes: float16 [rows, heads, candidates, planes]; None where nothing asks for them.
     """
 
     keys: Tensor
     values: Tensor
     log_weights: Tensor | None
+    planes: Tensor | None = None
 
 
 def page_ids(step: Prepared, uploaded: Tensor) -> Tensor:
@@ -49,7 +52,9 @@ def read_held(
             else:
                 _gather_records(step, pages, stored, ids, into)
         if shape.has_bias:
-            log_weights = _log_weights(step, pages, ids)
+            log_weights = base["log_weights"].zero_()
+        if shape.weighted or shape.gathers_planes:
+            _gather_planes(step, pages, ids)
     for into, fresh in ((keys, k), (values, v)):
         into[:, :, shape.cached : count].copy_(fresh.transpose(1, 2))
     if shape.cached and shape.is_ragged:
@@ -58,7 +63,14 @@ def read_held(
         log_weights[:, :, 0, : shape.cached].masked_fill_(hide, -torch.inf)
         for part in (keys, values):  # stale bits may be NaN, and 0 x NaN is NaN
             part[:, :, : shape.cached].masked_fill_(hide.unsqueeze(-1), 0.0)
-    return Held(keys[:, :, :count], values[:, :, :count], log_weights)
+        if shape.gathers_planes:
+            base["planes"][:, :, : shape.cached].masked_fill_(hide.unsqueeze(-1), 0.0)
+    planes = None
+    if shape.gathers_planes:
+        planes = base["planes"][:, :, :count]
+        fresh_planes = step.known.constant(keys.device, "planes", lambda: plane_numbers(step))
+        planes[:, :, shape.cached :] = fresh_planes
+    return Held(keys[:, :, :count], values[:, :, :count], log_weights, planes)
 
 
 def gather(stored: Tensor, ids: Tensor, into: Tensor) -> None:
@@ -93,16 +105,30 @@ def _gather_records(
         dequantize(by_lane, pages.records, lanes[:, start:end], scratch)
 
 
-def _log_weights(step: Prepared, pages: Pages, ids: Tensor) -> Tensor:
-    log_weights, cached = step.views.base["log_weights"], step.shape.cached
-    if not step.shape.weighted:
-        return log_weights.zero_()
-    assert pages.weights is not None
-    halves = step.views.read["halves"]
-    torch.ops.aten.index.Tensor_out(pages.weights[:, : pages.page_size], [ids], out=halves)
-    log_weights[:, :, 0, :cached].copy_(halves.flatten(2)[:, :, :cached])
-    log_weights[:, :, 0, cached:].zero_()
-    return log_weights
+def _gather_planes(step: Prepared, pages: Pages, ids: Tensor) -> None:
+    """Planes of what is cached into "planes", and log weights into "log_weights"."""
+    shape, base, cached = step.shape, step.views.base, step.shape.cached
+    assert pages.planes is not None
+    by_page = step.views.read["page_planes"]
+    torch.ops.aten.index.Tensor_out(pages.planes[:, : pages.page_size], [ids], out=by_page)
+    held = by_page.flatten(2, 3)[:, :, :cached]
+    if shape.weighted:
+        base["log_weights"][:, :, 0, :cached] = held[..., shape.planes.index("log_weight")]
+    if shape.gathers_planes:
+        base["planes"][:, :, :cached] = held
+
+
+def plane_numbers(step: Prepared) -> NDArray[np.float16]:
+    """Planes of the tokens of the new scale, [fresh, planes]."""
+    fresh, columns = step.shape.fresh, step.size[-1]
+    line, column = np.divmod(np.arange(fresh), columns)
+    known = {
+        "scale": np.full(fresh, step.scale),
+        "line": (line + 0.5) * columns / fresh,
+        "column": (column + 0.5) / columns,
+    }
+    numbers = [known.get(plane, np.zeros(fresh)) for plane in step.shape.planes]
+    return np.stack(numbers, axis=1).astype(np.float16)
 
 
 def hidden(step: Prepared, device: torch.device) -> Tensor:

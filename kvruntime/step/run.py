@@ -13,9 +13,9 @@ from torch import Tensor
 from allocator import BlockTable
 from kvruntime.attention.base import Backend, Lanes
 from kvruntime.planning.demand import Plan
-from kvruntime.planning.regions import Kind
+from kvruntime.planning.shapes import Kind
 from kvruntime.planning.workspace import Workspace
-from kvruntime.step.choose import choose
+from kvruntime.step.choose import choose, choose_attended
 from kvruntime.step.commit import Write, commit
 from kvruntime.step.fold import fold
 from kvruntime.step.keep import keep
@@ -81,6 +81,7 @@ def run_step(
         ids = page_ids(step, upload(k.device, [step.ids])[0])
     from_pages = (
         q is not None
+        and not step.shape.attended
         and pages is not None
         and runner.backend.reads_pages(pages, q.shape[1], step.shape.is_ragged)
     )
@@ -90,7 +91,10 @@ def run_step(
 
     out = None
     if q is not None:
-        out = _attend(runner, step, q, k, v, held, pages, ids, from_pages)
+        seen = held
+        if step.shape.attended:
+            seen = choose_attended(plan, step, held, q, runner.softmax_scale)
+        out = _attend(runner, step, q, k, v, seen, pages, ids, from_pages)
         if runner.observer is not None:
             runner.observer(scale, layer, rows.start, q, held.keys)
 

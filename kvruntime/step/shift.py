@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvruntime.step.commit import Write, write_weights
+from kvruntime.step.commit import Write, write_planes
 from kvruntime.step.prepare import Prepared
+from kvruntime.step.read import plane_numbers
 from kvruntime.storage.pages import Pages, read, write
 from kvruntime.storage.records import quantize
-from policies.scratch import part_of
 
 
 def shift(step: Prepared, pages: Pages | None, ids: Tensor | None, k: Tensor, v: Tensor) -> Write:
@@ -24,12 +24,11 @@ def shift(step: Prepared, pages: Pages | None, ids: Tensor | None, k: Tensor, v:
         page, offset = _moved_places(step, k.device)
         slots = commits["old_slots"].view(rows, -1)
         torch.index_select(ids.view(rows, -1), 1, page, out=slots)
-        if shape.weighted:
-            assert pages.weights is not None
-            at = part_of(commits["weight_slots"], *slots.shape)
-            torch.mul(slots, pages.weights.shape[1], out=at).add_(offset)
-            kept = commits["log_kept"].view(rows, shape.heads, -1)
-            kept[:, :, : shape.moved] = pages.weights.view(-1)[at].view(rows, shape.heads, -1)
+        if shape.planes:
+            moved_planes = commits["moved_planes"].view(*slots.shape, -1)
+            torch.ops.aten.index.Tensor_out(pages.planes, [slots, offset], out=moved_planes)
+            by_lane = moved_planes.view(rows, shape.heads, shape.moved, -1)
+            _by_lane(step, "kept_planes")[:, :, : shape.moved] = by_lane
         slots.mul_(shape.page_size).add_(offset)
         moved = commits["moved"].view(2, *slots.shape, -1)
         read(pages.keys, slots, moved[0])
@@ -43,11 +42,17 @@ def shift(step: Prepared, pages: Pages | None, ids: Tensor | None, k: Tensor, v:
                 write(target, by_lane[:, :, : shape.moved], part)
             if shape.sources > shape.moved:
                 write(target, by_lane[:, :, shape.moved :], _fresh(step, fresh))
-        if shape.weighted:
-            commits["log_kept"].view(rows, shape.heads, -1)[:, :, shape.moved :].zero_()
-            write_weights(step, new_pages)
+        if shape.planes:
+            _by_lane(step, "kept_planes")[:, :, shape.moved :] = _fresh_planes(step, k.device)
+            write_planes(step, new_pages)
 
     return write_kept
+
+
+def _by_lane(step: Prepared, name: str) -> Tensor:
+    """A region of what a shift writes, [rows, heads, sources, ...]."""
+    region = step.views.commit[name]
+    return region.view(step.shape.rows, step.shape.heads, step.shape.sources, -1)
 
 
 def _moved_places(step: Prepared, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -64,6 +69,14 @@ def _moved_places(step: Prepared, device: torch.device) -> tuple[Tensor, Tensor]
         ),
         step.known.constant(device, "moved offset", lambda: np.tile(sources % size, heads.size)),
     )
+
+
+def _fresh_planes(step: Prepared, device: torch.device) -> Tensor:
+    """Planes of the tokens of the new scale that a shift keeps, float16 [m, planes]."""
+    known_shift = step.known.shift
+    assert known_shift is not None
+    sources = known_shift.sources[known_shift.moved :] - step.shape.cached
+    return step.known.constant(device, "shifted planes", lambda: plane_numbers(step)[sources])
 
 
 def _fresh(step: Prepared, fresh: Tensor) -> Tensor:

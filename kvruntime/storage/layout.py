@@ -8,7 +8,7 @@ from policies import DTYPE_BYTES, CacheGeometry
 
 KV_DTYPES = {"int2": 2, "int4": 4, "int8": 8}  # bits
 GROUPS = (1, 2, 4, 8)
-WEIGHT_BYTES = 2  # a log weight is a float16
+PLANE_BYTES = 2  # a number of a plane is a float16
 MOST_QUANTISED_TOKENS = 1024  # in a page
 
 
@@ -58,7 +58,8 @@ class PageLayout:
     """Tokens in the bytes of a page: K in one half, V in the other, at equal distances.
 
     page_size: tokens in a page. half_bytes: bytes of a page's K, and of its V.
-    records: None for tokens of ``dtype``. head_dim: numbers of a token's K or V.
+    records: None for tokens of ``dtype``. head_dim: numbers of a token's K or V. planes: numbers
+        that a token has beside them.
 
     Always: page_size * stride_bytes == half_bytes, and stride_bytes holds a token.
     """
@@ -68,6 +69,7 @@ class PageLayout:
     head_dim: int
     dtype: str
     records: RecordFormat | None = None
+    planes: int = 0
 
     def __post_init__(self) -> None:
         if self.half_bytes % (self.page_size * self.unit_bytes):

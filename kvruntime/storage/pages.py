@@ -15,13 +15,13 @@ from policies.scratch import wide
 class Pages:
     """A pool's bytes seen through a layout.
 
-    keys, values: [num_pages, page_size, width], tokens or records. weights: float16 [num_pages,
-        tokens], log weights, at least page_size of a page; None in a pool without weights.
+    keys, values: [num_pages, page_size, width], tokens or records. planes: float16 [num_pages,
+        places, planes], at least page_size places; None if tokens have none.
     """
 
     keys: Tensor
     values: Tensor
-    weights: Tensor | None
+    planes: Tensor | None
     records: RecordFormat | None
 
     @property
@@ -46,3 +46,14 @@ def write(pages: Tensor, slots: Tensor, new: Tensor) -> None:
 def flat(pages: Tensor) -> Tensor:
     """The same places in one row, [num_pages * page_size, width]; never a copy."""
     return pages.view(pages.shape[0] * pages.shape[1], pages.shape[2])
+
+
+def planes_of(part: Tensor, count: int) -> Tensor | None:
+    """Bytes [num_pages, plane_bytes] as float16 [num_pages, places, count], as many places as there
+    is room for; None for no planes.
+    """
+    if not count:
+        return None
+    halves = part.view(torch.float16)
+    num_pages, width = halves.shape
+    return halves.as_strided((num_pages, width // count, count), (width, count, 1))

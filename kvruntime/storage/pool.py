@@ -17,9 +17,9 @@ from torch import Tensor
 from allocator import BlockTable, OutOfPages, PageAllocator
 from kvruntime.errors import ScheduleError, WillNeverFit
 from kvruntime.sizes import check_positive, parse_bytes, parse_share
-from kvruntime.storage.layout import WEIGHT_BYTES, PageLayout
+from kvruntime.storage.layout import PLANE_BYTES, PageLayout
 from kvruntime.storage.memory import free_bytes, is_out_of_memory
-from kvruntime.storage.pages import Pages
+from kvruntime.storage.pages import Pages, planes_of
 from policies import TORCH_DTYPES
 
 
@@ -43,8 +43,8 @@ class Pool:
 
     memory: bytes to take, a number, "2GiB", or "80%" of what is free on the device. num_pages:
     the number of pages instead. page_bytes: bytes of a page, K and V; ``PagedKVCache.page_bytes``
-    says what a cache would choose. weight_bytes: further bytes of a page for log weights,
-    ``PagedKVCache.weight_bytes``; 0 serves policies that never fold.
+    says what a cache would choose. plane_bytes: further bytes of a page for planes, such as log
+    weights, ``PagedKVCache.plane_bytes``; 0 serves policies that have none.
 
     Always: what open generations own is live in the allocator; reserved_pages is the sum of what
     they may own at most, and never exceeds num_pages. A change of owners that was interrupted is
@@ -58,28 +58,28 @@ class Pool:
         *,
         num_pages: int | None = None,
         page_bytes: int,
-        weight_bytes: int = 0,
+        plane_bytes: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         check_positive("page_bytes", page_bytes)
         if page_bytes % 4:
             raise ValueError(f"page_bytes must be a multiple of 4, got {page_bytes}")
-        if isinstance(weight_bytes, bool) or not isinstance(weight_bytes, int) or weight_bytes < 0:
-            raise ValueError(f"weight_bytes must be a number of bytes, got {weight_bytes!r}")
-        if weight_bytes % WEIGHT_BYTES:
-            raise ValueError(f"weight_bytes must be a multiple of 2, got {weight_bytes}")
+        if isinstance(plane_bytes, bool) or not isinstance(plane_bytes, int) or plane_bytes < 0:
+            raise ValueError(f"plane_bytes must be a number of bytes, got {plane_bytes!r}")
+        if plane_bytes % PLANE_BYTES:
+            raise ValueError(f"plane_bytes must be a multiple of 2, got {plane_bytes}")
         if (memory is None) == (num_pages is None):
             raise ValueError("give either memory or num_pages")
         self.device = real_device(device)
-        self.page_bytes, self.weight_bytes = page_bytes, weight_bytes
+        self.page_bytes, self.plane_bytes = page_bytes, plane_bytes
         if num_pages is None:
             num_pages = self._pages_in(memory)
         check_positive("num_pages", num_pages)
         self.num_pages = num_pages
-        shapes = (page_bytes // 2, page_bytes // 2, weight_bytes)
+        shapes = (page_bytes // 2, page_bytes // 2, plane_bytes)
         try:
             with torch.inference_mode(False):  # they outlive a caller's inference_mode
-                self.keys, self.values, self.weights = (
+                self.keys, self.values, self.planes = (
                     torch.empty((num_pages, size), dtype=torch.uint8, device=self.device)
                     for size in shapes
                 )
@@ -103,7 +103,7 @@ class Pool:
         self._views: dict[PageLayout, Pages] = {}
 
     def _pages_in(self, memory: int | str | None) -> int:
-        each = self.page_bytes + self.weight_bytes
+        each = self.page_bytes + self.plane_bytes
         share = parse_share(memory) if isinstance(memory, str) else None
         if share is not None:
             size = int(share * free_bytes(self.device))
@@ -119,7 +119,7 @@ class Pool:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_pages * (self.page_bytes + self.weight_bytes)
+        return self.num_pages * (self.page_bytes + self.plane_bytes)
 
     @property
     def stats(self) -> PoolStats:
@@ -146,8 +146,8 @@ class Pool:
                     ]
                     for half in (self.keys, self.values)
                 )
-                weights = self.weights.view(torch.float16) if self.weight_bytes else None
-            self._views[layout] = Pages(keys, values, weights, layout.records)
+                planes = planes_of(self.planes, layout.planes)
+            self._views[layout] = Pages(keys, values, planes, layout.records)
         return self._views[layout]
 
     @contextlib.contextmanager
@@ -204,7 +204,7 @@ class Pool:
         """
         with self.changing():
             if pages > self.num_pages:
-                each = self.page_bytes + self.weight_bytes
+                each = self.page_bytes + self.plane_bytes
                 raise WillNeverFit(
                     pages * each, self.num_bytes, "lower the budget or make the pool larger"
                 )
@@ -272,7 +272,7 @@ class Pool:
 
     def copy_pages(self, old: Tensor, new: Tensor) -> None:
         """Copy whole pages, so that a shared one can be written."""
-        for part in (self.keys, self.values, self.weights):
+        for part in (self.keys, self.values, self.planes):
             part[new] = part[old]
 
     def check(self) -> None:

@@ -54,7 +54,7 @@ def pool_for(cache, generations):
     return Pool(
         num_pages=generations * cache.plan(2).peak_pages,
         page_bytes=cache.page_bytes,
-        weight_bytes=cache.weight_bytes,
+        plane_bytes=cache.plane_bytes,
     )
 
 

@@ -8,15 +8,16 @@ import torch
 
 from kvruntime import Allocation, CacheOptions, PagedKVCache, Pool, Selection
 from kvruntime.planning import plan
-from policies import POLICY_NAMES, CacheGeometry, ScaleKV, ScaleSchedule, make_policy
+from policies import CacheGeometry, ScaleKV, ScaleSchedule, make_policy
 from policies.base import Candidates, Needs, StepSizes
 from policies.scoring import attention_received, attention_scratch, patch_centres
 from policies.scratch import lend
+from tests.support import PLAIN_POLICIES, problem_of
 
 SCHEDULE = ScaleSchedule.of([1, 2, 3, 4])
 GEOMETRY = CacheGeometry(1, 3, 8, "float32", "float32")
 KEPT = 6
-CONTENT = Needs(queries=1)
+CONTENT = Needs(content=True)
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ BAD = {
     "too few": lambda candidates, count: Selection(ascending(candidates)[..., 1:]),
     "too many": lambda candidates, count: Selection(torch.arange(count).expand(2, 3, -1)),
     "int32": lambda candidates, count: Selection(ascending(candidates).int()),
-    "folding without weights": lambda candidates, count: Selection(
-        ascending(candidates), log_weights=torch.zeros(2, 3, KEPT)
+    "folding unannounced": lambda candidates, count: Selection(
+        ascending(candidates), torch.zeros(2, 3, count, dtype=torch.int64)
     ),
 }
 
@@ -172,7 +173,9 @@ def candidates_of(dtype, factor=1.0, cached=40, rows=2):
         "torch: missing"
     }
     empty = torch.empty(0, dtype=torch.int64)
-    return policy, Candidates(SCHEDULE, 3, 0, keep, empty, queries, keys, keys, None, 1.0, scratch)
+    return policy, Candidates(
+        problem_of(SCHEDULE), 3, 0, keep, empty, queries, keys, keys, None, 1.0, scratch
+    )
 
 
 def wanted_scores(candidates, centres):
@@ -212,7 +215,7 @@ def test_h13_scores_survive_logits_that_overflow_an_exponential(factor):
     assert torch.equal(scores.argmax(-1), wanted.argmax(-1))
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("policy", PLAIN_POLICIES)
 def test_h07_shipped_policies_keep_their_promise(policy):
     """The same checks pass for all that is shipped."""
     draw(ScaleKV(grid=2) if policy == "scalekv" else make_policy(policy))

@@ -14,7 +14,7 @@ from kvruntime.step import commit, run
 from kvruntime.storage import pool as pool_module
 from kvruntime.storage.layout import RecordFormat
 from kvruntime.storage.records import dequantize, quantize
-from policies import POLICY_NAMES, Needs
+from policies import Needs
 from tests.hazards.steps import (
     FORMATS,
     GEOMETRY,
@@ -28,10 +28,13 @@ from tests.hazards.steps import (
     steps,
     tokens,
 )
+from tests.support import PLAIN_POLICIES
 
 
 @pytest.mark.parametrize("options", FORMATS)
-@pytest.mark.parametrize("policy", [*POLICY_NAMES, Breathing(Needs()), Breathing(Needs(queries=1))])
+@pytest.mark.parametrize(
+    "policy", [*PLAIN_POLICIES, Breathing(Needs()), Breathing(Needs(content=True))]
+)
 @pytest.mark.parametrize("fork_at", [2, 4])
 def test_h01_copy_on_write_takes_a_page_that_the_step_still_reads(policy, options, fork_at):
     """Both sides of a fork compute what a generation by itself computes."""
@@ -52,7 +55,7 @@ def test_h01_copy_on_write_takes_a_page_that_the_step_still_reads(policy, option
 
 
 @pytest.mark.parametrize("options", FORMATS)
-@pytest.mark.parametrize("policy", [Breathing(Needs()), Breathing(Needs(queries=1))])
+@pytest.mark.parametrize("policy", [Breathing(Needs()), Breathing(Needs(content=True))])
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_h02_pages_change_owner_before_they_are_read(policy, options, ahead):
     """Another generation of the pool takes pages and writes them in the middle of this one's
@@ -81,7 +84,7 @@ def test_h03_an_allocator_shared_by_threads_loses_pages():
     """Three threads, a generation each, switched as often as Python allows."""
     policies = ("full", "scalekv", "centroid")
     pool = pool_for(cache_of("full"), 3)
-    roomy = Pool(num_pages=pool.num_pages, page_bytes=pool.page_bytes, weight_bytes=64)
+    roomy = Pool(num_pages=pool.num_pages, page_bytes=pool.page_bytes, plane_bytes=64)
     wanted = {name: alone(name, 1) for name in policies}
     failures = []
 
@@ -147,7 +150,7 @@ def test_h05_too_little_memory_still_says_how_much_is_free(monkeypatch, error):
 
 
 @pytest.mark.parametrize("options", FORMATS)
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("policy", PLAIN_POLICIES)
 def test_h06_keys_and_values_interleaved_in_one_tensor(policy, options):
     """``unbind(-1)`` leaves numbers of a token apart from each other."""
     wanted = alone(policy, 1, **options)
@@ -178,7 +181,7 @@ def test_h12_the_workspace_follows_the_device(monkeypatch):
     assert -(-planned.rows // planned.chunk_rows) == chunks[2**38]
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("policy", PLAIN_POLICIES)
 def test_h12_page_ids_go_up_as_int32_and_slots_not_at_all(policy, monkeypatch):
     sent = []
 

@@ -22,7 +22,7 @@ def filled_pages(page_size, head_dim, records, num_pages):
     """Pages full of random tokens with random log weights, of which many are zero."""
     token = records.num_bytes(head_dim) if records else 2 * head_dim
     layout = PageLayout(page_size, page_size * token, head_dim, "float16", records)
-    pool = Pool(num_pages=num_pages, page_bytes=2 * layout.half_bytes, weight_bytes=2 * page_size)
+    pool = Pool(num_pages=num_pages, page_bytes=2 * layout.half_bytes, plane_bytes=2 * page_size)
     pages = pool.view(layout)
     for part in (pages.keys, pages.values):
         tokens = torch.randn(num_pages * page_size, head_dim).half()

@@ -13,6 +13,7 @@ import kvruntime.step.read
 import kvruntime.step.run
 import kvruntime.step.shift
 import kvruntime.storage.records
+import policies.scoring
 from allocator import BlockTable
 from kvruntime.attention.sdpa import SDPA
 from policies import CacheGeometry, ScaleSchedule, StreamingLLM
@@ -22,7 +23,7 @@ from tests.support import RandomFold, RandomPolicy, Spy
 SLICES = {  # tokens that are worked on at a time, wherever the name was imported
     "SLICE_TOKENS": [kvruntime.storage.records],
     "READ_TOKENS": [kvruntime.planning.regions, kvruntime.step.read],
-    "FOLD_TOKENS": [kvruntime.planning.regions, kvruntime.step.fold],
+    "BLOCK": [policies.scoring, kvruntime.planning.regions, kvruntime.step.fold],
 }
 
 
@@ -73,10 +74,8 @@ class Broken(Exception):
 PLACES = {
     "select": [(Spy, "select")],
     "write": [(kvruntime.step.keep, "write"), (kvruntime.step.shift, "write")],
-    "write weights": [
-        (kvruntime.step.keep, "write_weights"),
-        (kvruntime.step.fold, "pack_weights"),
-    ],
+    "write planes": [(kvruntime.step.keep, "write_planes"), (kvruntime.step.fold, "pack_plane")],
+    "refit": [(kvruntime.step.fold, "look"), (kvruntime.step.fold, "refit")],
     "propose": [(BlockTable, "propose")],
     "commit": [(BlockTable, "commit")],
     "after the commit": [(kvruntime.step.commit, "_written_places")],

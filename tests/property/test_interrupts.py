@@ -63,7 +63,7 @@ def test_an_interrupt_at_any_line_harms_nobody_else(name, stride):
     wanted = draw(case, cache, 1)
     owned = [table.owned() for table in other.generation._tables]
     ids = torch.from_numpy(owned[0]).long()
-    held = [part[ids].clone() for part in (pool.keys, pool.values, pool.weights)]
+    held = [part[ids].clone() for part in (pool.keys, pool.values, pool.planes)]
     before, at, places = pool.stats, 1 - stride, set()
     while True:
         at += stride
@@ -85,7 +85,7 @@ def test_an_interrupt_at_any_line_harms_nobody_else(name, stride):
         (old == table.owned()).all()
         for old, table in zip(owned, other.generation._tables, strict=True)
     )
-    for part, old in zip((pool.keys, pool.values, pool.weights), held, strict=True):
+    for part, old in zip((pool.keys, pool.values, pool.planes), held, strict=True):
         assert torch.equal(part[ids], old)
     while not other.is_done:
         other.step(7)

@@ -9,8 +9,9 @@ from kvruntime import CacheOptions
 from kvruntime.errors import WillNeverFit
 from kvruntime.planning import make_plan, max_rows, require
 from kvruntime.planning.demand import running_total
-from kvruntime.planning.regions import Kind, output_bytes
-from kvruntime.storage.layout import WEIGHT_BYTES, stored_bytes
+from kvruntime.planning.regions import output_bytes
+from kvruntime.planning.shapes import Kind
+from kvruntime.storage.layout import PLANE_BYTES, stored_bytes
 from policies import Allocation, CacheGeometry, Problem, check_allocation
 from tests.support import policies, schedules
 
@@ -39,7 +40,7 @@ def plans(draw):
         kv_groups=kv[1] if kv else 1,
         kv_start=draw(st.integers(0, len(schedule) - 1)) if kv and draw(st.booleans()) else None,
     )
-    policy, rows = draw(policies(layers)), draw(st.integers(1, 9))
+    policy, rows = draw(policies(layers, geometry.heads, schedule)), draw(st.integers(1, 9))
     try:
         return make_plan(geometry, schedule, policy, options, rows)
     except ValueError:
@@ -51,7 +52,7 @@ def event_by_event(plan):
     changes its format in the moment when it is served.
     """
     geometry = plan.geometry
-    weight = WEIGHT_BYTES if plan.policy.needs.weights else 0
+    weight = PLANE_BYTES * len(plan.planes)
     quantised = [False] * geometry.layers
     held = [[0] * geometry.heads for _ in range(geometry.layers)]
     for scale in range(len(plan.schedule)):
@@ -77,12 +78,11 @@ def test_totals_are_the_walk_over_all_events(plan):
         if layer == plan.geometry.layers - 1:
             after_scale.append(now_tokens)
     page = plan.page_size * stored_bytes(plan.geometry, plan.records)
-    weights = max(plan.page_size, plan.exact_page_size) * WEIGHT_BYTES
-    weights = weights if plan.policy.needs.weights else 0
-    assert (plan.bytes_per_page, plan.weight_bytes_per_page) == (page, weights)
+    planes = max(plan.page_size, plan.exact_page_size) * PLANE_BYTES * len(plan.planes)
+    assert (plan.bytes_per_page, plan.plane_bytes_per_page) == (page, planes)
     assert plan.peak_pages == plan.rows * max(pages)
-    assert plan.weight_bytes == weights * plan.rows * max(pages)
-    assert plan.page_bytes == (page + weights) * plan.rows * max(pages)
+    assert plan.plane_bytes == planes * plan.rows * max(pages)
+    assert plan.page_bytes == (page + planes) * plan.rows * max(pages)
     assert plan.exact_page_size * plan.geometry.token_bytes <= page
     assert plan.peak_token_bytes == plan.rows * max(tokens)
     most = plan.rows * max(after_scale)

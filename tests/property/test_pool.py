@@ -44,8 +44,8 @@ class PoolMachine(stateful.RuleBasedStateMachine):
 
     @stateful.initialize(num_pages=st.integers(4, 30))
     def start(self, num_pages):
-        self.pool = Pool(num_pages=num_pages, page_bytes=2 * HALF, weight_bytes=WEIGHTS)
-        for part in (self.pool.keys, self.pool.values, self.pool.weights):
+        self.pool = Pool(num_pages=num_pages, page_bytes=2 * HALF, plane_bytes=WEIGHTS)
+        for part in (self.pool.keys, self.pool.values, self.pool.planes):
             part.fill_(0xFF)
         self.open_now, self.counter = {}, 0
 

@@ -11,8 +11,8 @@ import kvruntime
 from kvruntime import UnsupportedModel, WillNeverFit
 from kvruntime.catalogue import VAR_256
 from kvruntime.step import shift
-from policies import POLICY_NAMES, ScaleKV, ScaleSchedule
-from tests.support import every_attribute, profile_of
+from policies import ScaleKV, ScaleSchedule
+from tests.support import PLAIN_POLICIES, every_attribute, profile_of
 
 LABELS = torch.tensor([0, 2])
 
@@ -36,7 +36,7 @@ def test_negative_control_a_wrong_cache_changes_the_picture(tiny_model, monkeypa
         assert not torch.equal(tiny_model.generate(LABELS, seed=3), own)
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("policy", PLAIN_POLICIES)
 def test_every_policy_twice_in_a_row_and_undone(tiny_model, policy):
     own = tiny_model.generate(LABELS, seed=1)
     before = every_attribute(tiny_model)

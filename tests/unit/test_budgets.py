@@ -12,9 +12,9 @@ from kvruntime import CacheOptions, PagedKVCache, Pool, WillNeverFit, plan
 from kvruntime.catalogue import find_model
 from kvruntime.planning import choose_policy, make_plan
 from kvruntime.planning.baseline import history_bytes
-from policies import POLICY_NAMES, CacheGeometry, Problem, ScaleKV, ScaleSchedule
+from policies import CacheGeometry, Problem, ScaleKV, ScaleSchedule
 from policies.budgets import capped, split_budget
-from tests.support import schedules
+from tests.support import PLAIN_POLICIES, schedules
 from tests.unit.test_cache import GEOMETRY, SCHEDULE, draw, make
 
 MIB = 2**20
@@ -66,7 +66,7 @@ def test_the_published_models(budget, policy, kv_dtype):
     if budget == "2%":
         most = int(0.02 * history_bytes(model.geometry, model.schedule, 1)) * 2
     made = plan(model, 1, policy, budget, kv_dtype=kv_dtype)
-    assert made.page_bytes == made.peak_pages * (made.bytes_per_page + made.weight_bytes_per_page)
+    assert made.page_bytes == made.peak_pages * (made.bytes_per_page + made.plane_bytes_per_page)
     assert 0.85 * most < made.page_bytes <= most or made.budget_tokens == made.schedule.total
     assert made.page_size in (16, 32, 48, 64), "what the paged kernel reads"
     for page_size in (16, 32, 48, 64):
@@ -98,7 +98,7 @@ def test_a_share_counts_every_row_alike_and_bytes_do_not():
 
 def test_pages_of_a_pool_that_is_there():
     """Their size is given; the budget still holds."""
-    pool = Pool(num_pages=500, page_bytes=1024, weight_bytes=32)
+    pool = Pool(num_pages=500, page_bytes=1024, plane_bytes=32)
     for policy in ("sliding_window", "centroid"):
         cache = make(policy, "50%", pool=pool)
         most = int(0.5 * history_bytes(GEOMETRY, SCHEDULE, 1)) * 2
@@ -146,7 +146,7 @@ def problems(draw_one):
     kv_dtype = draw_one(st.sampled_from([None, "int2", "int4", "int8"]))
     head_dim = draw_one(st.sampled_from([4, 32] if kv_dtype is None else [32, 64]))
     dtype = draw_one(st.sampled_from(["float32", "bfloat16"]))
-    policy = draw_one(st.sampled_from([*POLICY_NAMES, "roles"]))
+    policy = draw_one(st.sampled_from([*PLAIN_POLICIES, "roles"]))
     if policy == "roles":
         some = st.frozensets(st.integers(0, layers - 1), max_size=layers)
         policy = ScaleKV(tuple(draw_one(st.lists(some, min_size=1, max_size=4))), grid=1)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies import CacheGeometry, Candidates, Centroid, ScaleSchedule, StepSizes
-from policies.scoring import patch_centres
 from policies.scratch import lend
+from tests.folds import evenly_spread
+from tests.support import problem_of
 from tests.unit.test_cache import draw, make
 
 TINY = ScaleSchedule.of([(1, 3), (1, 2), 1])
@@ -27,7 +28,7 @@ def a_step(policy, keys, queries, keep, schedule=TINY, bias=None, scale=1, softm
         part.fill_(torch.nan if part.is_floating_point() else 77)
     nothing = torch.empty(0, dtype=torch.int64)
     return Candidates(
-        schedule,
+        problem_of(schedule),
         scale,
         0,
         np.array(keep),
@@ -44,8 +45,12 @@ def a_step(policy, keys, queries, keep, schedule=TINY, bias=None, scale=1, softm
 def by_hand(policy, candidates, row, head):
     """Kept places and each candidate's, worked out in float64 without any trick."""
     keys = candidates.keys[row, head].double()
-    centres = patch_centres(candidates.schedule.sizes[candidates.scale], policy.grid)
-    q = candidates.queries[row, centres, head].double() * candidates.softmax_scale
+    fresh = candidates.queries.shape[1]
+    q = candidates.queries[row, evenly_spread(policy.queries, fresh), head].double()
+    if policy.query_means is not None:
+        before, after = policy.query_means[candidates.scale : candidates.scale + 2, 0, head]
+        q = q + torch.from_numpy(after - before)
+    q = q * candidates.softmax_scale
     logits = q @ keys.t()
     if candidates.log_weights is not None:
         every = candidates.log_weights.expand(*candidates.keys.shape[:2], 1, -1)
@@ -88,7 +93,7 @@ def test_a_lane_by_hand():
     ones, the third is where attention times distance is largest.
     """
     keys = torch.tensor([0.0, 1.0, 4.0, 9.0, 10.0]).view(1, 1, 5, 1)
-    policy = Centroid(grid=1, first_share=0.5)
+    policy = Centroid(queries=1, first_share=0.5)
     candidates = a_step(policy, keys, torch.full((1, 2, 1, 1), 0.5), [3])
     # attention e^(key / 2): 10 and 9 come first; times the distance from 9: e^2 x 5 for 4,
     # e^0.5 x 8 for 1, 9 for 0
@@ -126,7 +131,10 @@ def test_lanes_by_brute_force(rows, cached, keep, share, dtype, seed):
     gone = (torch.arange(count) >= there[:, None]) & (torch.arange(count) < cached)
     bias.masked_fill_(gone[:, None], -torch.inf)
     keys.masked_fill_(gone[..., None], 0.0)
-    policy = Centroid(grid=2, first_share=share)
+    means = None
+    if seed % 2:
+        means = torch.randn(3, 2, heads, 4, generator=generator).numpy()
+    policy = Centroid(queries=4, first_share=share, query_means=means)
     candidates = a_step(policy, keys, queries, keep, schedule, bias, softmax_scale=0.5)
     selection = check(policy, candidates)
     for head, number in enumerate(keep):
@@ -159,7 +167,7 @@ def test_many_seeds(keep):
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
 def test_equal_keys_name_themselves(value):
     keys = torch.full((2, 2, 11, 4), value)
-    policy = Centroid(grid=2)
+    policy = Centroid(queries=4)
     schedule = ScaleSchedule.of([(1, 7), 2, 1])
     candidates = a_step(policy, keys, torch.randn(2, 4, 2, 4), (6, 3), schedule)
     selection = policy.select(candidates)
@@ -174,7 +182,7 @@ def test_equal_keys_name_themselves(value):
 def test_a_place_without_a_token_is_never_a_seed():
     """Where all real keys equal the zeros that stand there, or get no attention at all."""
     schedule = ScaleSchedule.of([(1, 7), 2, 1])
-    policy = Centroid(grid=2)
+    policy = Centroid(queries=4)
     bias = torch.zeros(1, 1, 1, 11)
     bias[..., 2:7] = -torch.inf
     for queries in (torch.zeros(2, 4, 1, 4), torch.full((2, 4, 1, 4), 300.0)):
@@ -240,9 +248,9 @@ def test_a_budget_of_everything_folds_nothing():
 
 
 def test_parameters():
-    with pytest.raises(ValueError, match="grid must be positive, got 0"):
-        Centroid(grid=0)
+    with pytest.raises(ValueError, match="queries must be positive, got 0"):
+        Centroid(queries=0)
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match=r"first_share must be in \(0, 1\], got"):
             Centroid(first_share=share)
-    assert Centroid(grid=3).needs.queries == 9
+    assert Centroid(9).needs.refit == 9 and Centroid(is_fitted=False).needs.refit == 0

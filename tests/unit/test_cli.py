@@ -43,7 +43,7 @@ PLAN_KEYS = {
     "token_bytes",
     "peak_token_bytes",
     "page_bytes",
-    "weight_bytes",
+    "plane_bytes",
     "workspace_bytes",
     "peak_pages",
     "baseline",
@@ -62,12 +62,12 @@ def test_plan_json_has_the_documented_names():
     assert report["rows"] == 16 and report["version"] == 1
     assert report["token_bytes"] // 2**20 == 8531
     assert report["baseline"]["history_bytes"] // 2**20 == 84328
-    assert report["weight_bytes"] == 0
+    assert report["plane_bytes"] == 0
 
 
 def test_plan_json_counts_weights():
     report = plan_json("infinity-2b --policy centroid --budget 650 --page-size 64")
-    assert report["weight_bytes"] == report["peak_pages"] * 64 * 2
+    assert report["plane_bytes"] == report["peak_pages"] * 64 * 2
     assert report["page_bytes"] == report["peak_pages"] * (64 * 128 * 2 * 2 + 64 * 2)
     assert report["roles"] == "none"
 

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from kvruntime.demo import print_report, run_demo
+from kvruntime.demo.compare import SHOWN
 from kvruntime.storage.layout import RecordFormat
-from policies import POLICY_NAMES
 from tests.unit.test_cli import run
 
 RUN_KEYS = {
@@ -24,7 +24,7 @@ RUN_KEYS = {
     "leaked_pages",
     "token_bytes",
     "page_bytes",
-    "weight_bytes",
+    "plane_bytes",
     "workspace_bytes",
     "baseline_bytes",
     "seconds",
@@ -34,7 +34,7 @@ RUN_KEYS = {
 def check_demo(report, count, dtype):
     """The schema of demo.json, and P1, P2 and P6 on the bundled model."""
     assert report["count"] == count and report["dtype"] == dtype
-    assert tuple(report["runs"]) == POLICY_NAMES
+    assert tuple(report["runs"]) == SHOWN
     for name, policy in report["runs"].items():
         assert policy.keys() == RUN_KEYS | ({"bit_identical"} if name == "full" else set())
         assert policy["psnr_db"].keys() == {"mean", "min"}
@@ -44,7 +44,7 @@ def check_demo(report, count, dtype):
     assert runs["full"]["bit_identical"] is True
     assert runs["full"]["kl"] == 0 and runs["full"]["psnr_db"] == {"mean": None, "min": None}
     history = runs["full"]["token_bytes"]
-    for name in set(POLICY_NAMES) - {"full"}:
+    for name in set(SHOWN) - {"full"}:
         weight = 1 + 2 / (2 * 32 * 4) if name == "centroid" else 1
         assert runs[name]["token_bytes"] <= 0.10 * history * weight
         assert 0 < runs[name]["kl"] < 1 and runs[name]["psnr_db"]["mean"] > 10
@@ -111,7 +111,7 @@ def test_demo_at_a_budget_in_bytes(tmp_path):
     runs = report["runs"]
     assert report["budget"] == "10%" and runs["full"]["bit_identical"] is True
     history = runs["full"]["token_bytes"]
-    for name in set(POLICY_NAMES) - {"full"}:
+    for name in set(SHOWN) - {"full"}:
         assert 0 < runs[name]["page_bytes"] <= 0.10 * history
         assert runs[name]["planned_pages"] == runs[name]["peak_pages"]
 

@@ -40,7 +40,8 @@ def drop_a_scale(data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(version=2), "version: Input should be 1"),
+        (lambda data: data.update(version=3), "version: Input should be 1 or 2"),
+        (lambda data: data.update(version=2), "column_variance must be 2 layers"),
         (lambda data: data.update(kind="scalekv-preset"), "kind: Input should be 'profile'"),
         (lambda data: data.update(extra=1), "extra: Extra inputs"),
         (lambda data: data.pop("selectivity"), "selectivity: Field required"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kvruntime
-from benchmarks.common import random_steps
+from benchmarks.common import even_profile, random_steps
 from benchmarks.memory import TINY, allocations, measure, peak_allocated_bytes
 from benchmarks.ragged import RAGGED
 from kvruntime import CacheGeometry, CacheOptions, PagedKVCache
@@ -15,18 +15,26 @@ from policies import POLICY_NAMES, make_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the profiler's own
 
-EVERY_POLICY = [*(make_policy(name) for name in POLICY_NAMES), *RAGGED]
+EVERY_POLICY = [*POLICY_NAMES, *RAGGED]
 FORMATS = [("float32", None), ("bfloat16", "int4"), ("float16", "int2"), ("bfloat16", None)]
 
 
 def by_name(policy):
-    return policy.name
+    return getattr(policy, "name", policy)
+
+
+def made_for(policy, layers, head_dim):
+    """A policy by its name for a model of this size, or the policy itself."""
+    if not isinstance(policy, str):
+        return policy
+    return make_policy(policy, even_profile(TINY.schedule, layers, TINY.heads, head_dim))
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY, ids=by_name)
 @pytest.mark.parametrize("chunks", [1, TINY.rows])
 @pytest.mark.parametrize(("dtype", "kv_dtype"), FORMATS)
 def test_allocated_is_planned(policy, dtype, kv_dtype, chunks):
+    policy = made_for(policy, TINY.layers, TINY.head_dim)
     result = measure(TINY, policy, dtype, kv_dtype, chunks)
     share = result["workspace_bytes"] / result["planned_bytes"]
     assert 0.2 < share < 0.95, "neither part may hide the other"
@@ -49,6 +57,7 @@ def laid_out(step, layout):
 def test_no_step_allocates_more_than_it_declares(policy, kv_dtype, layout, head_dim):
     """Beside the workspace, which is there already. Smaller steps than the worst one too."""
     geometry = CacheGeometry(1, TINY.heads, head_dim, "bfloat16", "bfloat16")
+    policy = made_for(policy, 1, head_dim)
     options = CacheOptions(policy=policy, budget=TINY.budget, kv_dtype=kv_dtype, workspace=1)
     cache = PagedKVCache(geometry, TINY.schedule, options, softmax_scale=0.1)
     plan = cache.plan(TINY.rows)

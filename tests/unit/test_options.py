@@ -7,8 +7,8 @@ import torch
 
 from kvruntime import CacheOptions, PagedKVCache, ScheduleError
 from kvruntime.sizes import parse_bytes, parse_share
-from policies import POLICY_NAMES, CacheGeometry, Full, ScaleSchedule
-from tests.support import profile_of
+from policies import CacheGeometry, Full, ScaleSchedule
+from tests.support import PLAIN_POLICIES, profile_of
 from tests.unit.test_cache import GEOMETRY, SCHEDULE, draw, make, sdpa, step
 
 
@@ -112,7 +112,7 @@ def test_softmax_scale_is_the_factor_on_the_logits(scale):
     assert torch.equal(out, sdpa(q, k, v, scale=float(scale)))
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("policy", PLAIN_POLICIES)
 def test_a_schedule_of_one_scale_needs_no_cache(policy):
     """Nothing is cached, whatever the policy and its budget."""
     for budget in (0.10, 1, "1%", "1B"):

@@ -26,7 +26,7 @@ from policies.budgets import split_budget
 from policies.scalekv import drafters_from_selectivity
 from policies.scoring import patch_centres
 from policies.scratch import lend
-from tests.support import profile_of, schedules
+from tests.support import problem_of, profile_of, schedules
 
 INFINITY_1M = ScaleSchedule.of([1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64])
 PUBLISHED = {
@@ -168,7 +168,7 @@ def content_of(policy, schedule, scale, cached, keep, rows=2, dim=4, dtype="floa
     for part in scratch.values():
         part.fill_(torch.nan if part.is_floating_point() else 77)
     return Candidates(
-        schedule,
+        problem_of(schedule),
         scale,
         0,
         np.array(keep),
@@ -244,12 +244,13 @@ def test_budgets_below_the_window_or_of_nothing():
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_needs(name):
-    policy = make_policy(name)
+    policy = make_policy(name, profile_of(ScaleSchedule.of([1, 2, 3, 4, 5]), 1, heads=1))
     assert policy.name == name
-    needs = {"scalekv": (16, False, True), "centroid": (16, True, True)}.get(
-        name, (0, False, False)
-    )
-    assert (policy.needs.queries, policy.needs.weights, policy.needs.content) == needs
+    by_number = {"full", "ams_kv", "sliding_window", "streaming_llm", "heatkv"}
+    planes = {"centroid": ("log_weight",), "h2o": ("score",), "hackpp": ("scale",)}
+    assert policy.needs.content == (name not in by_number)
+    assert policy.needs.planes == planes.get(name, ())
+    assert policy.needs.folds == (name in ("centroid", "hack"))
     scratch = policy.scratch(StepSizes(1, 1, 4, "float32", 3, 2, 4))
     assert bool(scratch) == policy.needs.content
     with pytest.raises(ValueError, match=f"unknown policy 'lru'; there are .*{name}"):

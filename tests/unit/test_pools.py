@@ -28,7 +28,7 @@ def test_several_generations_at_once_do_not_notice_each_other():
 
 def test_a_shared_pool_serves_caches_of_different_geometry():
     other = CacheGeometry(3, 2, 16, "bfloat16", "bfloat16")
-    pool = Pool(memory="1MiB", page_bytes=make(page_size=4).page_bytes, weight_bytes=8)
+    pool = Pool(memory="1MiB", page_bytes=make(page_size=4).page_bytes, plane_bytes=8)
     caches = [
         (make("full", page_size=4, pool=pool), GEOMETRY),
         (make("scalekv", 20, other, pool=pool), other),
@@ -85,8 +85,8 @@ def test_a_shared_pool_refuses_what_does_not_fit():
 def test_pools_that_do_not_suit_a_cache():
     with pytest.raises(ValueError, match=r"centroid needs 32 bytes of .* has 0: make"):
         make("centroid", 20, pool=Pool(num_pages=9, page_bytes=1024))
-    with pytest.raises(ValueError, match="weight_bytes must be a multiple of 2, got 3"):
-        Pool(num_pages=9, page_bytes=1024, weight_bytes=3)
+    with pytest.raises(ValueError, match="plane_bytes must be a multiple of 2, got 3"):
+        Pool(num_pages=9, page_bytes=1024, plane_bytes=3)
     with pytest.raises(ValueError, match="make the pool's pages a multiple of 64 bytes"):
         make(pool=Pool(num_pages=9, page_bytes=32))
     meta = Pool(num_pages=99, page_bytes=1024, device="meta")
@@ -118,7 +118,7 @@ def test_a_pool_of_a_caches_own_pages_serves_it_as_its_own_would(model, budget, 
         own = PagedKVCache(known.geometry, known.schedule, options, softmax_scale=1.0)
     except WillNeverFit:
         return
-    pool = Pool(num_pages=1, page_bytes=own.page_bytes, weight_bytes=own.weight_bytes)
+    pool = Pool(num_pages=1, page_bytes=own.page_bytes, plane_bytes=own.plane_bytes)
     cache = PagedKVCache(known.geometry, known.schedule, options, softmax_scale=1.0, pool=pool)
     ours, theirs = own.plan(2), cache.plan(2)
     assert (ours.page_size, ours.exact_page_size) == (theirs.page_size, theirs.exact_page_size)

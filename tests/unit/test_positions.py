@@ -146,7 +146,7 @@ def test_lanes_hold_what_the_policy_ranks_highest(schedule, layers, heads, data)
 def test_content_decides_only_where_something_is_dropped(schedule, heads, data):
     """Elsewhere everything is kept: each head's own cached tokens, then the new scale."""
     tokens = data.draw(allocations(schedule, 1, heads, data.draw(st.booleans())))
-    policy = Aged(tokens, 0, Needs(queries=1))
+    policy = Aged(tokens, 0, Needs(content=True))
     problem = Problem(CacheGeometry(1, heads, 4), schedule, 1)
     quantised = np.zeros((len(schedule), 1), dtype=bool)
     positions = Positions(policy, problem, tokens, quantised)

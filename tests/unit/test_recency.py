@@ -21,7 +21,7 @@ from policies.ams_kv import ams_kv_from
 from policies.base import Problem
 from policies.recency import highest
 from policies.scalekv import drafters_from_selectivity
-from tests.support import profile_of, schedules
+from tests.support import problem_of, profile_of, schedules
 from tests.unit.test_policies import tokens_of
 
 
@@ -32,7 +32,17 @@ def kept_tokens(policy, schedule, scale, cached, keep, layer=0):
     positions = torch.from_numpy(numbers)[None, None]
     chosen = policy.select(
         Candidates(
-            schedule, scale, layer, np.array([keep]), positions, empty, empty, empty, None, 1.0, {}
+            problem_of(schedule),
+            scale,
+            layer,
+            np.array([keep]),
+            positions,
+            empty,
+            empty,
+            empty,
+            None,
+            1.0,
+            {},
         )
     )
     assert chosen.keep.shape == (1, 1, keep) and chosen.into is None

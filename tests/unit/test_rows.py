@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvruntime import CacheGeometry, CacheOptions, PagedKVCache, Pool, ScheduleError
 from kvruntime.planning import make_plan
-from kvruntime.planning.regions import Kind
+from kvruntime.planning.shapes import Kind
 from kvruntime.sizes import rows_by_scale
 from kvruntime.step import shift
 from policies import ScaleKV, ScaleSchedule, make_policy
@@ -59,7 +59,7 @@ def test_rows_of_each_scale():
 def test_planned_pages_are_those_at_the_peak(data):
     """Any policy, any schedule, rows that go any number of times."""
     schedule = data.draw(schedules)
-    policy = data.draw(policies(GEOMETRY.layers))
+    policy = data.draw(policies(GEOMETRY.layers, GEOMETRY.heads, schedule))
     kv_dtype = data.draw(st.sampled_from([None, "int4"]))
     rows = data.draw(st.integers(1, 5))
     rows_from, left = {}, rows

@@ -7,12 +7,13 @@ import torch
 
 from kvruntime import Allocation, CacheOptions, PagedKVCache, Selection
 from policies import CacheGeometry, Needs, ScaleSchedule
+from policies.base import WEIGHTED
 from policies.budgets import capped
 
 SCHEDULE = ScaleSchedule.of([2, 3, 2, 1])  # 4, 9, 4, 1 tokens
 BUDGET, ROWS, HEADS, DIM = 6, 2, 3, 4
 SHAPE = (ROWS, HEADS, BUDGET)
-SCORES, FOLDS = Needs(queries=1), Needs(queries=1, weights=True)
+SCORES, FOLDS = Needs(content=True), WEIGHTED
 
 
 @dataclass
@@ -204,22 +205,34 @@ def test_targets_are_checked(function, message):
         run(Answers(answer, FOLDS))
 
 
-@pytest.mark.parametrize(
-    ("fitted", "needs", "message"),
-    [
-        ({"values": torch.zeros(*SHAPE, DIM)}, FOLDS, None),
-        ({"log_weights": torch.zeros(SHAPE)}, FOLDS, None),
-        ({"values": torch.zeros(SHAPE)}, FOLDS, r"values must be floating \(2, 3, 6, 4\), got"),
-        ({"log_weights": torch.zeros(2, 3, 5)}, FOLDS, "log_weights must be torch.float32"),
-        ({"log_weights": torch.zeros(SHAPE).half()}, FOLDS, "log_weights must be torch.float32"),
-        ({"values": torch.zeros(*SHAPE, DIM)}, SCORES, "its needs must name weights"),
-        ({"log_weights": torch.zeros(SHAPE)}, SCORES, "its needs must name weights"),
-    ],
-)
-def test_values_and_weights_of_their_own(fitted, needs, message):
+def test_a_policy_that_folds_says_so():
+    """In its needs or not at all: tokens would be stored without their weights."""
+
     def answer(candidates):
         keep, count = last_ones(candidates), candidates.keys.shape[2]
-        return Selection(keep, folded(keep, count) if needs.weights else None, **fitted)
+        return Selection(keep, folded(keep, count))
+
+    with pytest.raises(ValueError, match="policy odd folds: its needs must say so"):
+        run(Answers(answer, SCORES))
+
+
+ADDS_UP = Needs(content=True, planes=("score",))
+
+
+@pytest.mark.parametrize(
+    ("scores", "needs", "message"),
+    [
+        (lambda count: torch.zeros(2, 3, count), ADDS_UP, None),
+        (lambda count: torch.zeros(2, 3, count).half(), ADDS_UP, None),
+        (lambda count: None, ADDS_UP, None),
+        (lambda count: torch.zeros(2, 3, count + 1), ADDS_UP, "scores must be floating"),
+        (lambda count: torch.zeros(2, 3, count).long(), ADDS_UP, "scores must be floating"),
+        (lambda count: torch.zeros(2, 3, count), SCORES, "its needs must name the plane score"),
+    ],
+)
+def test_scores_are_checked(scores, needs, message):
+    def answer(candidates):
+        return Selection(last_ones(candidates), scores=scores(candidates.keys.shape[2]))
 
     if message is None:
         run(Answers(answer, needs))
@@ -228,15 +241,18 @@ def test_values_and_weights_of_their_own(fitted, needs, message):
         run(Answers(answer, needs))
 
 
-def test_a_policy_may_fold_without_weights():
-    """Named in its needs or not at all: a target without a weight would be lost."""
-
-    def answer(candidates):
-        keep, count = last_ones(candidates), candidates.keys.shape[2]
-        return Selection(keep, folded(keep, count))
-
-    with pytest.raises(ValueError, match="policy odd folds: its needs must name weights"):
-        run(Answers(answer, SCORES))
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ({"planes": ("age",), "content": True}, "planes are log_weight, .*, got 'age'"),
+        ({"planes": ("score",)}, "looks at the content"),
+        ({"folds": True}, "looks at the content"),
+        ({"refit": 4, "content": True, "folds": True}, "refit fits log weights"),
+    ],
+)
+def test_needs_that_cannot_be(needs, message):
+    with pytest.raises(ValueError, match=message):
+        Needs(**needs)
 
 
 @pytest.mark.parametrize("queries", [0, 1])
@@ -249,7 +265,7 @@ def test_the_plan_is_not_the_policys_to_write(queries):
         candidates.keep[:] = 1
         return Selection(keep)
 
-    policy = Answers(answer, Needs(queries=queries))
+    policy = Answers(answer, Needs(content=bool(queries)))
     generation = run(policy)
     assert (generation.plan.tokens[1:-1] == BUDGET).all()
     assert generation.stats.timeline[1].kept_tokens == BUDGET * HEADS * 2

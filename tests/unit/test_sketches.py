@@ -10,6 +10,7 @@ from policies import Candidates, ScaleSchedule, StepSizes
 from policies.scoring import block_scratch
 from policies.scratch import lend
 from policies.sketches import sketch, sketch_scratch, sketch_size
+from tests.support import problem_of
 
 
 def sketched(keys, bias=None):
@@ -24,7 +25,9 @@ def sketched(keys, bias=None):
     schedule = ScaleSchedule.of([1, 1])
     keep = np.ones(heads, dtype=np.int64)
     found = sketch(
-        Candidates(schedule, 0, 0, keep, nothing, queries, keys, keys, bias, 1.0, scratch)
+        Candidates(
+            problem_of(schedule), 0, 0, keep, nothing, queries, keys, keys, bias, 1.0, scratch
+        )
     )
     assert found.shape == (rows * heads, count, sketch_size(dim))
     assert (found[..., -1] == 1.0).all()

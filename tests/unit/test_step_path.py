@@ -115,7 +115,7 @@ def test_pages_that_stay_are_not_sent_twice():
 
 
 def test_generations_on_one_pool_wait_no_more():
-    pool = Pool(num_pages=500, page_bytes=4096, weight_bytes=64, device="meta")
+    pool = Pool(num_pages=500, page_bytes=4096, plane_bytes=64, device="meta")
     caches = [make("scalekv", pool=pool), make("centroid", pool=pool)]
     for cache in caches:
         generate(cache, 2)

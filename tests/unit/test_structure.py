@@ -16,17 +16,18 @@ READ = (*PACKAGES, "tests", "benchmarks")
 FLOORS = [  # of kvruntime, from the ground up: a module imports only from floors below its own
     "errors sizes arguments extras catalogue storage step reference.tokenizer reference.emoji",
     "storage.layout storage.memory storage.transfer planning.positions planning.baseline",
-    "storage.records storage.pages options reference.transformer models.stand_ins quality",
-    "storage.pool planning.regions planning.roles reference reference.train models.checkout",
-    "planning.workspace planning.demand attention.base attention.operators models.var models.emoji",
-    "planning.fit planning.rows stats attention.sdpa models.infinity",
+    "storage.records storage.pages options planning.shapes models.stand_ins quality",
+    "storage.pool planning.regions planning.roles reference.transformer models.checkout",
+    "planning.workspace planning.demand attention.base attention.operators reference models.var",
+    "planning.fit planning.rows stats attention.sdpa models.infinity models.emoji reference.train",
     "planning attention.xformers models",
     "attention attention.cubin step.prepare",
     "step.read step.commit",
-    "step.choose step.fold step.keep step.shift",
+    "step.choose step.keep step.refit step.shift",
+    "step.fold",
     "step.run device calls",
     "generation",
-    "cache adapters.embedding adapters.recognition",
+    "cache origin adapters.embedding adapters.recognition",
     "adapters.interception adapters.caches adapters.emoji adapters.var adapters.infinity",
     "adapters.serving",
     "adapters.patching",
@@ -165,8 +166,9 @@ def test_functions_stay_readable():
 PUBLIC = set(
     """
     Allocation BackendUnavailable CacheGeometry CacheOptions Embedding EmbeddingError Generation
-    KVRuntimeError OutOfPages PageStateError PagedKVCache Parity Policy Pool PoolStats ScaleSchedule
-    ScheduleError Selection Stats UnsupportedModel WillNeverFit attach check plan
+    KVRuntimeError OutOfPages PageStateError PagedKVCache Parity Policy Pool PoolStats Provenance
+    ScaleSchedule ScheduleError Selection Stats UnsupportedModel WillNeverFit attach check plan
+    provenance
     """.split()
 )
 

@@ -159,7 +159,7 @@ def test_weights():
     """Log weights: a float32 for each candidate, a float16 for each place in pages."""
     schedule = ScaleSchedule.of([4, 4, 4])
     made = made_of(lane(16), schedule, Centroid(), 20, 3, page_size=16)
-    assert (made.weight_bytes_per_page, made.weight_bytes) == (32, 32 * made.peak_pages)
+    assert (made.plane_bytes_per_page, made.plane_bytes) == (32, 32 * made.peak_pages)
     assert made.page_bytes == made.peak_pages * (2 * 16 * 16 * 4 + 32)
     regions = made.regions(made.shape(2, 0, 3))
     assert {region.name: region.num_bytes for region in regions.base} == {
@@ -204,12 +204,12 @@ def test_views_of_a_phase_do_not_overlap(schedule, policy, kv_dtype, rows):
         views = workspace.views(shape, made.regions(shape))
         assert workspace.views(shape, made.regions(shape)) is views
         declared = made.regions(shape)
-        for name in ("base", "read", "select", "commit"):
+        for name in ("base", "kept", "read", "select", "commit"):
             held = [region for region in getattr(declared, name) if not region.by_torch]
             assert len(getattr(views, name)) == len(held), "two regions of one name"
         for phase in (views.read, views.select, views.commit):
             last = start
-            for tensor in [*views.base.values(), *phase.values()]:
+            for tensor in [*views.base.values(), *views.kept.values(), *phase.values()]:
                 if not tensor.numel():
                     continue
                 assert tensor.data_ptr() >= last and (tensor.data_ptr() - start) % 64 == 0
