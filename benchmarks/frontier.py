@@ -1,110 +1,149 @@
-"""What bytes buy: how far the bundled model's pictures are from those of its own cache, at budgets
-from a tenth to a fiftieth of the bytes.
+"""What bytes buy: how far the bundled model's pictures are from those of its own cache, for every
+policy at shares of the bytes from 40 % down to 1 %.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress
-from torch import Tensor
 
-import kvruntime
-from benchmarks.common import mean_and_error
-from kvruntime.demo import demo_labels
-from kvruntime.quality import kl_nats, psnr_db
-from kvruntime.reference import load_model
+from benchmarks.frontier_point import REFERENCE, Point, draw, make_reference
+from policies import POLICY_NAMES
 
-BATCH = 16  # pictures at a time
-SEED = 20_000  # not one of the demo's or of calibration's
-POINTS: tuple[tuple[str, str | None, float | str], ...] = (  # policy, kv_dtype, budget
-    ("scalekv", None, 0.10),  # the others are paired with this one
-    ("centroid", "int4", "10%"),
-    ("centroid", "int4", "4%"),
-    ("centroid", "int4", "2%"),
-    ("centroid", None, 0.10),
-    ("scalekv", "int4", "10%"),
-    ("full", "int4", 1.0),
-    ("streaming_llm", None, 0.10),
+SEED = 30_000  # not one of the demo's, of calibration's or of those that anything was chosen by
+PICTURES, QUICK_PICTURES = 200, 24
+SHARES = ("10%", "2%", "4%", "1%", "20%", "40%")
+FORMATS = (None, "int4")
+OURS = ("centroid", "full")
+POLICIES = tuple(name for name in POLICY_NAMES if name != "full")
+QUICK = tuple(
+    Point(policy, kv_dtype, share)
+    for policy, kv_dtype, share in (
+        ("random", None, "10%"),
+        ("scalekv", None, "10%"),
+        ("h2o", None, "10%"),
+        ("centroid", None, "10%"),
+        ("centroid", "int4", "10%"),
+        ("centroid", "int4", "2%"),
+    )
 )
 
 
-@dataclass(slots=True)
-class _Point:
-    """What is known of one way to cache, batch by batch."""
-
-    psnr: list[Tensor] = field(default_factory=list)
-    kl: float = 0.0  # summed over pictures
-    seconds: float = 0.0
-    stats: kvruntime.Stats | None = None
+def points(policies: tuple[str, ...] = POLICIES) -> list[Point]:
+    """Every policy at every share, exact and int4."""
+    return [
+        Point(policy, kv_dtype, share)
+        for share in SHARES
+        for policy in policies
+        for kv_dtype in FORMATS
+    ]
 
 
 def run(
     progress: Progress | None,
-    pictures: int = 64,
-    points: int = 4,
+    chosen: list[Point],
+    pictures: int = PICTURES,
     seed: int = SEED,
-) -> list[dict[str, Any]]:
-    """The first ``points`` of POINTS over the same pictures, in bfloat16."""
-    model = load_model(torch.bfloat16)
-    chosen, labels = POINTS[:points], demo_labels(pictures)
-    found = [_Point() for _ in chosen]
-    starts = range(0, pictures, BATCH)
-    bar = progress.add_task("drawing", total=len(starts) * (1 + points)) if progress else None
-    for start in starts:
-        batch, first = labels[start : start + BATCH], seed + start
-        codes, own = model.generate_codes(batch, first)
-        logs = model.teacher_forced(batch, codes)
-        if progress and bar is not None:
-            progress.advance(bar)
-        for point, (policy, kv_dtype, budget) in zip(found, chosen, strict=True):
-            with kvruntime.attach(model, policy, budget, kv_dtype=kv_dtype) as attached:
-                began = time.perf_counter()
-                drawn = model.generate_codes(batch, first)[1]
-                point.seconds += time.perf_counter() - began
-                if start == 0:
-                    point.stats = attached.stats
-                forced = model.teacher_forced(batch, codes)
-            point.psnr.append(psnr_db(drawn.float(), own.float()))
-            point.kl += len(batch) * kl_nats(forced, logs)
-            if progress and bar is not None:
-                progress.advance(bar)
-    base = torch.cat(found[0].psnr)
-    return [
-        _result(point, *options, base, pictures)
-        for point, options in zip(found, chosen, strict=True)
-    ]
-
-
-def _result(
-    point: _Point,
-    policy: str,
-    kv_dtype: str | None,
-    budget: float | str,
-    base: Tensor,
-    pictures: int,
+    work: Path | None = None,
 ) -> dict[str, Any]:
-    stats = point.stats
-    assert stats is not None
-    psnr = torch.cat(point.psnr)
-    differs = psnr.isfinite()
-    both = differs & base.isfinite()
-    held = stats.page_bytes * stats.peak_pages / stats.planned_pages
+    """All of ``chosen`` over the same pictures, in as many processes as there are cores.
+
+    work: a folder that keeps what is done, so that the next call goes on from there.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = work or Path(temporary)
+        settings = {"pictures": pictures, "seed": seed}
+        _prepare(folder, settings)
+        done = {point: _load(folder, point) for point in chosen}
+        left = [point for point, result in done.items() if result is None]
+        bar = progress.add_task("drawing", total=len(chosen)) if progress else None
+        if progress and bar is not None:
+            progress.advance(bar, len(chosen) - len(left))
+        context = multiprocessing.get_context("spawn")  # a fork of torch's threads would hang
+        workers = max(1, min(os.cpu_count() or 1, len(left)))
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            jobs = {pool.submit(draw, point, folder, **settings): point for point in left}
+            for job in as_completed(jobs):
+                point = jobs[job]
+                done[point] = job.result()
+                _path(folder, point).write_text(json.dumps(done[point]))
+                if progress and bar is not None:
+                    progress.update(bar, advance=1, description=point.name)
+    return results([result for result in done.values() if result is not None], pictures)
+
+
+def _prepare(folder: Path, settings: dict[str, int]) -> None:
+    """The reference, unless the folder has it. Raises ValueError for one of other settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "settings.json"
+    if note.exists() and json.loads(note.read_text()) != settings:
+        raise ValueError(f"{folder} holds points of {note.read_text()}: take another folder")
+    if not (note.exists() and (folder / REFERENCE).exists()):
+        make_reference(folder, **settings)
+        note.write_text(json.dumps(settings))
+
+
+def _path(folder: Path, point: Point) -> Path:
+    return folder / f"{point.name}.json"
+
+
+def _load(folder: Path, point: Point) -> dict[str, Any] | None:
+    path = _path(folder, point)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def results(drawn: list[dict[str, Any]], pictures: int) -> dict[str, Any]:
+    """Figures over all pictures; each point paired with the best published one, exact at 10 %."""
+    refused = [result for result in drawn if "refused" in result]
+    there = [result for result in drawn if "refused" not in result]
+    published = [
+        result
+        for result in there
+        if result["policy"] not in (*OURS, "random")
+        and result["share"] == "10%"
+        and result["kv_dtype"] is None
+    ]
+    base = min(published, key=lambda result: statistics.fmean(result["kl"]), default=None)
     return {
-        "policy": policy,
-        "kv_dtype": kv_dtype,
-        "budget": budget,
-        "bytes_share": held / stats.history_bytes,
-        "tokens": stats.budget_tokens,
-        "page_size": stats.page_size,
-        "kv_start": stats.kv_start,
         "pictures": pictures,
-        "identical_pictures": int((~differs).sum()),
-        "kl": point.kl / pictures,
-        "psnr_db": float(psnr[differs].mean()) if bool(differs.any()) else None,
-        "paired_db": mean_and_error((psnr - base)[both].tolist()),
-        "seconds": point.seconds,
+        "base": base and base["policy"],
+        "points": [_summary(result, base) for result in there],
+        "refused": refused,
     }
+
+
+def _summary(result: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
+    per_picture = ("psnr", "ssim", "kl")
+    plain = {name: value for name, value in result.items() if name not in per_picture}
+    differs = [value for value in result["psnr"] if math.isfinite(value)]
+    paired, ratio = None, None
+    if base is not None:
+        both = zip(result["psnr"], base["psnr"], strict=True)
+        paired = _interval([a - b for a, b in both if math.isfinite(a) and math.isfinite(b)])
+        ratio = statistics.fmean(result["kl"]) / statistics.fmean(base["kl"])
+    return plain | {
+        "identical_pictures": len(result["psnr"]) - len(differs),
+        "psnr_db": _interval(differs),
+        "ssim": _interval(result["ssim"]),
+        "kl": _interval(result["kl"]),
+        "paired_db": paired,
+        "kl_ratio": ratio,
+    }
+
+
+def _interval(values: list[float]) -> dict[str, float | None]:
+    """The mean and its 95 % interval, from the standard error; None where there are too few."""
+    if len(values) < 2:
+        mean = values[0] if values else None
+        return {"mean": mean, "low": None, "high": None}
+    mean, half = statistics.fmean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}

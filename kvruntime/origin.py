@@ -42,7 +42,7 @@ def provenance(generation: Generation, layer: int) -> Provenance:
         raise ValueError("this generation is closed: ask before it ends")
     table = generation._tables[layer]
     scale = generation.scale - (layer >= generation._layer)  # the last one that it has served
-    pages = runner.pages(bool(scale >= 0 and plan.quantised[scale, layer]))
+    pages = runner.pages(scale, layer)
     assert pages.planes is not None
     lengths = torch.from_numpy(table.lengths.astype(np.int64))
     most = int(lengths.max())

@@ -104,13 +104,13 @@ class Dense:
         """Drop or fold what the policy did not choose, and store the rest as the plan says."""
         plan = self.plan
         after, policy = plan.tokens[scale, layer], self.case.policy
-        records = plan.records if plan.quantised[scale, layer] else None
-        was = plan.was_quantised(scale, layer)
+        records = plan.format_after(scale, layer).records
+        stays = plan.format_after(scale - 1, layer).records == records
         drops = after.any() and (after < self.lengths).any()
         asked = after.any() and (drops or policy.needs.every_scale)
         folds = asked and policy.needs.folds
         if records is not None and not folds:
-            self.change(lambda r, h, lane: rounded(lane, records, before[h] if was else 0))
+            self.change(lambda r, h, lane: rounded(lane, records, before[h] if stays else 0))
         if not after.any():
             self.change(lambda r, h, lane: lane.take([]))
         elif asked and policy.needs.content:
@@ -205,7 +205,7 @@ class Dense:
         if "log_weight" in names:
             planes[:, names.index("log_weight")] = counts.log()
         fitted = None
-        if queries is not None:
+        if queries is not None and count:
             some = queries.double()
             bias = lane.planes[:, names.index("log_weight")]
             fitted = partial(
@@ -215,13 +215,13 @@ class Dense:
         return Lane(tokens, planes, lane.numbers[places], bounds, fitted)
 
 
-def as_fitted(lane, keys, plan, is_quantised):
+def as_fitted(lane, keys, plan, records):
     """The lane with V and log weights for the keys that are stored."""
     values, log_weights = lane.fitted(keys)
     planes = lane.planes.clone()
     planes[:, plan.planes.index("log_weight")] = log_weights
     tokens = torch.stack((lane.tokens[0], values))
-    records, dtype = plan.records if is_quantised else None, getattr(torch, plan.geometry.key_dtype)
+    dtype = getattr(torch, plan.geometry.key_dtype)
     bounds = rounding_bounds(tokens, records, dtype, error=1e-3)
     bounds[0] = lane.bounds[0]
     return replace(lane, tokens=tokens, planes=planes, bounds=bounds)
@@ -257,7 +257,7 @@ def check_attention(dense, q, out, tolerance, where, attended=None):
 def stored(generation, scale, layer, row, head):
     """A lane's tokens [2, n, head_dim] and planes [n, planes], as its pages hold them."""
     plan, table = generation.plan, generation._tables[layer]
-    pages = generation._runner.pages(bool(plan.quantised[scale, layer]))
+    pages = generation._runner.pages(scale, layer)
     length, count = int(table.lengths[row, head]), int(table.num_pages[row, head])
     ids = torch.from_numpy(table.pages[row, head, :count].astype(np.int64))
     held = torch.stack([part[ids].flatten(0, 1)[:length] for part in (pages.keys, pages.values)])
@@ -288,8 +288,8 @@ def check_contents(generation, scale, layer, dense):
             assert sorted(flat) == sorted(wanted)
             return lane
         if lane.fitted is not None:
-            is_quantised = bool(dense.plan.quantised[scale, layer])
-            lane = as_fitted(lane, held[0].double(), dense.plan, is_quantised)
+            records = dense.plan.format_after(scale, layer).records
+            lane = as_fitted(lane, held[0].double(), dense.plan, records)
         if lane.bounds is None:
             assert torch.equal(held, lane.tokens)
         else:

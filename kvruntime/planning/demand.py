@@ -15,7 +15,7 @@ from kvruntime.planning.positions import Positions
 from kvruntime.planning.regions import StepRegions, declare, output_bytes
 from kvruntime.planning.shapes import Kind, StepShape
 from kvruntime.sizes import largest, rows_by_scale
-from kvruntime.storage.layout import PLANE_BYTES, PageLayout, RecordFormat, stored_bytes
+from kvruntime.storage.layout import PLANE_BYTES, PageFormat, PageLayout, RecordFormat, stored_bytes
 from policies import CacheGeometry, Lengths, Policy, ScaleSchedule
 
 WORKSPACE_LIMIT = 2**30  # bytes; one row may exceed it, more rows may not
@@ -28,8 +28,8 @@ class Plan:
     rows_by_scale: rows of each scale, never more than of the scale before: samplers may drop the
         guidance rows half way.
     tokens: tokens of each lane after (scale, layer), int64 [scales, layers, heads].
-    quantised: whether a layer's tokens are records after a scale, bool [scales, layers].
-    page_size, exact_page_size: records in a page, and exact tokens in one: pages are equally large.
+    formats: what pages hold, exact at first, then coarser; pages are equally large. stage: which
+        of them a layer has after a scale, int64 [scales, layers]; it never falls.
     bytes_per_page, plane_bytes_per_page: of a page's K and V, and of its planes.
     planes: numbers that a stored token has beside K and V (policies.base.PLANES).
     positions: what the host knows of every step.
@@ -47,10 +47,8 @@ class Plan:
     rows_by_scale: tuple[int, ...]
     workspace_limit: int
     tokens: Lengths
-    quantised: NDArray[np.bool_]
-    records: RecordFormat | None
-    page_size: int
-    exact_page_size: int
+    stage: NDArray[np.int64]
+    formats: tuple[PageFormat, ...]
     bytes_per_page: int  # K and V
     plane_bytes_per_page: int
     planes: tuple[str, ...]
@@ -66,10 +64,29 @@ class Plan:
         """Rows of the first scale: the most there are."""
         return self.rows_by_scale[0]
 
+    @property
+    def records(self) -> RecordFormat | None:
+        """The coarsest format; None where all pages are exact."""
+        return self.formats[-1].records
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page of the coarsest format."""
+        return self.formats[-1].page_size
+
+    @property
+    def exact_page_size(self) -> int:
+        return self.formats[0].page_size
+
+    @cached_property
+    def quantised(self) -> NDArray[np.bool_]:
+        """Whether a layer's tokens are records after a scale, bool [scales, layers]."""
+        return self.stage > 0
+
     @cached_property
     def page_tokens(self) -> NDArray[np.int64]:
         """Tokens in a page of a layer after each scale, int64 [scales, layers]."""
-        return np.where(self.quantised, self.page_size, self.exact_page_size)
+        return np.array([each.page_size for each in self.formats])[self.stage]
 
     @cached_property
     def row_pages(self) -> NDArray[np.int64]:
@@ -104,8 +121,7 @@ class Plan:
         rows = [by_scale[scale], *self.rows_by_scale[scale:]]
         return max(n * held for n, held in zip(rows, pages, strict=True))
 
-    def _most(self, of_a_row: NDArray[np.int64]) -> int:
-        """The most of something that each row has so much of at each scale, [scales]."""
+    def _most(self, of_a_row: NDArray[np.int64]) -> int:  # of what each row has at each scale
         return max(rows * int(n) for rows, n in zip(self.rows_by_scale, of_a_row, strict=True))
 
     @property
@@ -131,8 +147,8 @@ class Plan:
 
     def _unit(self) -> NDArray[np.int64]:
         """Bytes of one kept token after each scale, [scales, layers]."""
-        exact, stored = self.geometry.token_bytes, stored_bytes(self.geometry, self.records)
-        return np.where(self.quantised, stored, exact) + PLANE_BYTES * len(self.planes)
+        stored = [stored_bytes(self.geometry, each.records) for each in self.formats]
+        return np.array(stored)[self.stage] + PLANE_BYTES * len(self.planes)
 
     @cached_property
     def chunk_rows(self) -> int:
@@ -193,31 +209,32 @@ class Plan:
         before, after = self.rows_by_scale[:scale], self.rows_by_scale[scale:]
         return replace(self, rows_by_scale=(*before, *(min(rows, n) for n in after)))
 
-    def layout(self, quantised: bool, page_bytes: int | None = None) -> PageLayout:
-        """How pages are read before and after they are quantised."""
+    def layout(self, pages: PageFormat, page_bytes: int | None = None) -> PageLayout:
+        """How pages of one of the formats are read."""
         geometry = self.geometry
         return PageLayout(
-            self.page_size if quantised else self.exact_page_size,
+            pages.page_size,
             (page_bytes or self.bytes_per_page) // 2,
             geometry.head_dim,
             geometry.key_dtype,
-            self.records if quantised else None,
+            pages.records,
             len(self.planes),
         )
 
-    def longest_table(self, quantised: bool) -> int:
+    def longest_table(self, pages: PageFormat) -> int:
         """Most pages of one lane that are ever read in that format, at least 1."""
-        pages = -(-self.tokens.max(axis=2) // self.page_tokens)
-        return max(1, int(np.where(self.quantised == quantised, pages, 0).max()))
+        tables = -(-self.tokens.max(axis=2) // self.page_tokens)
+        is_it = self.stage == self.formats.index(pages)
+        return max(1, int(np.where(is_it, tables, 0).max()))
 
     def lengths_before(self, scale: int, layer: int) -> NDArray[np.int64]:
         """Tokens of each head before this step, [heads]."""
         after = self.tokens[scale, layer]
         return self.tokens[scale - 1, layer] if scale else np.zeros_like(after)
 
-    def was_quantised(self, scale: int, layer: int) -> bool:
-        """Whether the layer's cached tokens are records before this step."""
-        return bool(scale and self.quantised[scale - 1, layer])
+    def format_after(self, scale: int, layer: int) -> PageFormat:
+        """What the layer's pages hold after this scale; before the first one, exact tokens."""
+        return self.formats[int(self.stage[scale, layer]) if scale >= 0 else 0]
 
     def shape(self, scale: int, layer: int, rows: int) -> StepShape:
         """The sizes of this layer's step for so many rows."""
@@ -227,7 +244,7 @@ class Plan:
 
     def _shape(self, scale: int, layer: int, rows: int) -> StepShape:
         before, after = self.lengths_before(scale, layer), self.tokens[scale, layer]
-        was, becomes = self.was_quantised(scale, layer), bool(self.quantised[scale, layer])
+        was, becomes = (self.format_after(at, layer) for at in (scale - 1, scale))
         known = self.positions.step(scale, layer)
         shift = known.shift
         if not after.any():
@@ -239,8 +256,6 @@ class Plan:
         else:
             kind = Kind.FOLD if self.policy.needs.folds else Kind.CHOOSE
         folds = kind is Kind.FOLD
-        size = self.page_size if was else self.exact_page_size
-        new_size = self.page_size if becomes else self.exact_page_size
         cached, kept = int(before.max()), int(after.max())
         return StepShape(
             kind=kind,
@@ -250,13 +265,13 @@ class Plan:
             dtype=self.geometry.key_dtype,
             cached=cached,
             fresh=self.schedule.tokens[scale],
-            table=-(-cached // size),
-            page_size=size,
-            reads=self.records if was else None,
+            table=-(-cached // was.page_size),
+            page_size=was.page_size,
+            reads=was.records,
             kept=kept,
-            new_table=-(-kept // new_size),
-            new_page_size=new_size,
-            writes=self.records if becomes else None,
+            new_table=-(-kept // becomes.page_size),
+            new_page_size=becomes.page_size,
+            writes=becomes.records,
             written=int(after.sum()) if shift is None else self.geometry.heads * shift.sources.size,
             sources=0 if shift is None else shift.sources.size,
             moved=0 if shift is None else shift.moved,

@@ -17,6 +17,7 @@ from kvruntime.sizes import largest, parse_bytes, parse_share, rows_by_scale
 from kvruntime.storage.layout import (
     MOST_QUANTISED_TOKENS,
     PLANE_BYTES,
+    PageFormat,
     PageLayout,
     RecordFormat,
     exact_page_size,
@@ -105,7 +106,7 @@ def make_plan(
             f"{policy.name} keeps up to {least.tokens.max()} tokens of a lane at the least, in "
             f"pages of {least.page_size}: raise the budget, or ask for a kv_dtype or smaller pages",
         )
-    best = max(fitting, key=lambda plan: (plan.budget_tokens, plan.start_scale, plan.page_size))
+    best = max(fitting, key=lambda plan: (plan.budget_tokens, -plan.stage.sum(), plan.page_size))
     return replace(best, rows_by_scale=planned, own=own)
 
 
@@ -216,10 +217,11 @@ def _build(
     else:  # a single scale caches nothing, whatever the budget
         shape = (len(schedule), geometry.layers, geometry.heads)
         allocation = Allocation(np.zeros(shape, dtype=np.int64))
-    quantised = _quantised(allocation, options, records, page_size, exact)
+    formats = _formats(geometry, records, page_size, exact, page_bytes)
+    stage = _stages(allocation, options, formats)
     wanted = {*policy.needs.planes, *(ORIGIN if options.provenance else ())}
     planes = tuple(plane for plane in PLANES if plane in wanted)
-    needed = max(page_size, exact) * PLANE_BYTES * len(planes)
+    needed = max(each.page_size for each in formats) * PLANE_BYTES * len(planes)
     if plane_bytes is None:
         plane_bytes = needed
     elif plane_bytes < needed:
@@ -235,41 +237,56 @@ def _build(
         rows_by_scale=by_scale,
         workspace_limit=workspace_limit,
         tokens=allocation.tokens,
-        quantised=quantised,
-        records=records,
-        page_size=page_size,
-        exact_page_size=exact,
+        stage=stage,
+        formats=formats,
         bytes_per_page=page_bytes,
         plane_bytes_per_page=plane_bytes,
         planes=planes,
-        positions=Positions(policy, problem, allocation.tokens, quantised),
+        positions=Positions(policy, problem, allocation.tokens, stage),
         attended=allocation.attended,
     )
 
 
-def _quantised(
-    allocation: Allocation,
-    options: CacheOptions,
+def _formats(
+    geometry: CacheGeometry,
     records: RecordFormat | None,
     page_size: int,
     exact: int,
-) -> NDArray[np.bool_]:
-    """Whether a layer's tokens are records after each scale, bool [scales, layers].
+    page_bytes: int,
+) -> tuple[PageFormat, ...]:
+    """Exact tokens, then records of 8 bits where those asked for have fewer, then these."""
+    if records is None:
+        return (PageFormat(None, page_size),)
+    formats = [PageFormat(None, exact)]
+    between = RecordFormat(8, records.groups)
+    stored = between.num_bytes(geometry.head_dim) if records.bits < 8 else page_bytes
+    if stored <= page_bytes // 2:
+        size = min(fitting_page_size(page_bytes // 2, stored, 4), MOST_QUANTISED_TOKENS)
+        if exact < size < page_size:
+            formats.append(PageFormat(between, size))
+    return (*formats, PageFormat(records, page_size))
 
-    As asked by kv_start, else as the policy says, else from the first scale whose tokens, kept
-    exactly, would take more pages than the quantised cache ever does: until then nothing is gained.
+
+def _stages(
+    allocation: Allocation, options: CacheOptions, formats: tuple[PageFormat, ...]
+) -> NDArray[np.int64]:
+    """Which format a layer has after each scale, int64 [scales, layers].
+
+    From kv_start on the last one, if that is given; else as the policy says; else after each scale
+    the first one in which all that is kept takes no more pages than the last one ever does: until
+    then a coarser one gains nothing.
     """
     scales, layers = allocation.tokens.shape[:2]
-    scale = np.arange(scales)[:, None]
-    start = options.kv_start
+    start, last = options.kv_start, len(formats) - 1
     if start is not None and not 0 <= start < scales:
         raise ValueError(f"kv_start must be a scale in 0..{scales - 1}, got {start}")
-    if records is None:
-        start = scales
-    elif start is None:
-        if allocation.quantised is not None:
-            return allocation.quantised
-        exact_pages = (-(-allocation.tokens // exact)).sum(axis=(1, 2))
-        beyond = exact_pages > (-(-allocation.tokens // page_size)).sum(axis=(1, 2)).max()
-        start = int(np.argmax(beyond)) if beyond.any() else scales
-    return np.broadcast_to(scale >= start, (scales, layers))
+    if start is not None:
+        return np.repeat(np.where(np.arange(scales) < start, 0, last)[:, None], layers, axis=1)
+    if last and allocation.quantised is not None:
+        return np.where(allocation.quantised, last, 0)
+    pages = np.array(
+        [(-(-allocation.tokens // each.page_size)).sum(axis=(1, 2)) for each in formats]
+    )
+    fits = pages <= pages[-1].max()
+    stage = np.maximum.accumulate(np.argmax(fits, axis=0))
+    return np.repeat(stage[:, None], layers, axis=1)

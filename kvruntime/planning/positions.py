@@ -73,12 +73,12 @@ class Positions:
         policy: Policy,
         problem: Problem,
         tokens: Places,
-        is_quantised: NDArray[np.bool_],
+        stage: Places,
     ) -> None:
         self._policy = policy
         self.problem = problem
         self._tokens = tokens
-        self._quantised = is_quantised
+        self._stage = stage
         self._steps: dict[tuple[object, ...], tuple[KnownStep, Places]] = {}
         self._resolved: dict[tuple[int, int], tuple[KnownStep, Places]] = {}
         self._empty = torch.empty(0, device="cpu")
@@ -96,8 +96,8 @@ class Positions:
         numbers = np.empty((1, 0), dtype=np.int64)
         if scale and not self._policy.needs.content:
             numbers = self._resolve(scale - 1, layer)[1]
-        was = bool(self._quantised[scale - 1, layer]) if scale else False
-        becomes = bool(self._quantised[scale, layer])
+        was = int(self._stage[scale - 1, layer]) if scale else 0
+        becomes = int(self._stage[scale, layer])
         handed_over = becomes != was and bool(before.any())
         mine = layer if self._policy.needs.by_lane else None
         key = (scale, mine, before.tobytes(), after.tobytes(), was, becomes, numbers.tobytes())

@@ -221,6 +221,8 @@ def _refit(shape: StepShape) -> list[Region]:
         regions.append(Region("read_back", (written, dim), "float32"))
     if shape.writes is not None:
         regions += dequantize_scratch(1, written, dim, "float32", shape.writes)
+        if shape.dtype != "float32":
+            regions.append(Region("rounded", (written, dim), shape.dtype))
     return regions
 
 

@@ -147,11 +147,13 @@ class EmojiVAR(nn.Module):
         """Go through the scales with the cache on; ``choose(scale, logits) -> codes`` decides.
 
         labels: [pictures]. Rows are 2 x pictures, the second half without class (guidance ``cfg``
-        grows with the scale). choose gets float32 logits [pictures, tokens, 512]. Returns pictures
-        [pictures, 3, 64, 64].
+        grows with the scale; 0: only those with class). choose gets float32 logits [pictures,
+        tokens, 512]. Returns pictures [pictures, 3, 64, 64].
         """
         pictures = labels.shape[0]
-        rows = torch.cat((labels, torch.full_like(labels, self.num_classes)))
+        rows = labels
+        if cfg:
+            rows = torch.cat((labels, torch.full_like(labels, self.num_classes)))
         embedded, condition = self._condition(rows)
         x = (embedded + self.start).unsqueeze(1) + self._place(0)
         latent = x.new_zeros(pictures, LATENT_CHANNELS, PATCH_SIDES[-1], PATCH_SIDES[-1])
@@ -162,12 +164,14 @@ class EmojiVAR(nn.Module):
             for scale in range(len(PATCH_SIDES)):
                 logits = self._run(x, embedded, condition).float()
                 guidance = cfg * scale / (len(PATCH_SIDES) - 1)
-                with_class, without = logits.chunk(2)
-                codes = choose(scale, with_class + guidance * (with_class - without))
+                if cfg:
+                    with_class, without = logits.chunk(2)
+                    logits = with_class + guidance * (with_class - without)
+                codes = choose(scale, logits)
                 latent = latent + self.tokenizer.contribution(scale, codes)
                 if scale + 1 < len(PATCH_SIDES):
                     tokens = self.read(self.tokenizer.next_input(scale + 1, latent))
-                    x = (tokens + self._place(scale + 1)).repeat(2, 1, 1)
+                    x = (tokens + self._place(scale + 1)).repeat(2 if cfg else 1, 1, 1)
         finally:
             for attention in attentions:
                 attention.use_cache(False)

@@ -107,6 +107,8 @@ def _as_stored(step: Prepared, numbers: Tensor) -> Tensor:
     if shape.writes is not None:
         by_head = commits["encoded"].unsqueeze(0)
         dequantize(by_head, shape.writes, commits["read_back"].unsqueeze(0), commits)
+        if shape.dtype != "float32":
+            commits["read_back"].copy_(commits["rounded"].copy_(commits["read_back"]))
     elif shape.dtype != "float32":
         commits["read_back"].copy_(commits["staged"])
     if shape.writes is not None or shape.dtype != "float32":

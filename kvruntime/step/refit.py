@@ -7,7 +7,9 @@ the solver: with fewer queries than centroids the ridge is solved for the querie
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvruntime.step.prepare import Prepared
@@ -51,7 +53,7 @@ def refit(step: Prepared, seen: Seen, keys: Tensor, log_weights: Tensor, values:
     torch.softmax(logits, dim=-1, out=weights)
     gram = torch.bmm(weights, weights.transpose(1, 2), out=scratch["gram"])
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    ridge = diagonal.sum(dim=1, keepdim=True).mul_(RIDGE / keys.shape[1])
+    ridge = diagonal.sum(dim=1, keepdim=True).mul_(_ridge_shares(step, keys.device))
     diagonal.add_(ridge)
     gap = torch.baddbmm(seen.outputs, weights, values, alpha=-1.0, out=scratch["gap"])
     lower = scratch["triangle"].transpose(1, 2)  # else LAPACK's result is copied
@@ -60,3 +62,13 @@ def refit(step: Prepared, seen: Seen, keys: Tensor, log_weights: Tensor, values:
     upper = lower.transpose(1, 2)
     solved = torch.linalg.solve_triangular(upper, half, upper=True, out=scratch["gap"])
     values.baddbmm_(weights.transpose(1, 2), solved)
+
+
+def _ridge_shares(step: Prepared, device: torch.device) -> Tensor:
+    """RIDGE over the centroids of each lane, [lanes, 1]."""
+
+    def shares() -> NDArray[np.float32]:
+        each = RIDGE / np.maximum(step.after, 1)
+        return np.tile(each.astype(np.float32), step.shape.rows)[:, None]
+
+    return step.known.constant(device, "ridge", shares, step.shape.rows)

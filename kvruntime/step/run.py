@@ -43,9 +43,10 @@ class Runner:
     softmax_scale: float
     observer: Observer | None
 
-    def pages(self, quantised: bool) -> Pages:
-        """The pool's pages as tokens of this plan, or as records."""
-        return self.pool.view(self.plan.layout(quantised, self.pool.page_bytes))
+    def pages(self, scale: int, layer: int) -> Pages:
+        """The pool's pages as this layer has them after this scale."""
+        held = self.plan.format_after(scale, layer)
+        return self.pool.view(self.plan.layout(held, self.pool.page_bytes))
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def run_step(
     plan, pool = runner.plan, runner.pool
     step = prepare(plan, pool, table, scale, layer, rows, workspace)
 
-    pages = runner.pages(plan.was_quantised(scale, layer)) if step.shape.cached else None
+    pages = runner.pages(scale - 1, layer) if step.shape.cached else None
     ids = None
     if pages is not None:
         ids = page_ids(step, upload(k.device, [step.ids])[0])
@@ -104,8 +105,7 @@ def run_step(
         selection = choose(plan, step, held, q, runner.softmax_scale)
 
     writes = _writes(step, pages, ids, held, selection, k, v)
-    becomes = bool(plan.quantised[scale, layer])
-    commit(step, pool, table, runner.pages(becomes), writes, ids)
+    commit(step, pool, table, runner.pages(scale, layer), writes, ids)
     return out, from_pages
 
 
@@ -145,7 +145,7 @@ def _read(
 def _lanes(runner: Runner, step: Prepared, pages: Pages, ids: Tensor) -> Lanes:
     """What a back end that reads pages needs: tables of one width for all steps."""
     shape = step.shape
-    width = runner.plan.longest_table(shape.reads is not None)
+    width = runner.plan.longest_table(runner.plan.format_after(step.scale - 1, step.layer))
     tables = ids.new_zeros(shape.rows * shape.heads, width)
     tables[:, : shape.table] = ids.flatten(0, 1)
     lengths = step.known.constant(

@@ -54,6 +54,16 @@ class RecordFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class PageFormat:
+    """What the pages of a cache hold at some time: tokens as they are (records None), or records;
+    page_size of them in a page.
+    """
+
+    records: RecordFormat | None
+    page_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class PageLayout:
     """Tokens in the bytes of a page: K in one half, V in the other, at equal distances.
 

@@ -199,7 +199,7 @@ def test_h12_page_ids_go_up_as_int32_and_slots_not_at_all(policy, monkeypatch):
             step(generation, 1)
             table = generation._tables[generation._layer - 1]
             assert all(array.dtype == np.int32 for array in sent)
-            most = max(cache.plan(2).longest_table(False), table.pages.shape[2])
+            most = max(cache.plan(2).longest_table(cache.plan(2).formats[0]), table.pages.shape[2])
             assert sum(array.size for array in sent) <= 2 * 2 * GEOMETRY.heads * most
 
 

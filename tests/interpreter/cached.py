@@ -21,13 +21,13 @@ def make(xformers, paged_queries, head_dim=32):
 def filled_pages(page_size, head_dim, records, num_pages):
     """Pages full of random tokens with random log weights, of which many are zero."""
     token = records.num_bytes(head_dim) if records else 2 * head_dim
-    layout = PageLayout(page_size, page_size * token, head_dim, "float16", records)
+    layout = PageLayout(page_size, page_size * token, head_dim, "float16", records, 1)
     pool = Pool(num_pages=num_pages, page_bytes=2 * layout.half_bytes, plane_bytes=2 * page_size)
     pages = pool.view(layout)
     for part in (pages.keys, pages.values):
         tokens = torch.randn(num_pages * page_size, head_dim).half()
         part.copy_((quantize(tokens, records) if records else tokens).view(part.shape))
-    pages.weights.copy_((5 * torch.rand(num_pages, page_size) - 1).clamp(min=0))
+    pages.planes.copy_((5 * torch.rand(num_pages, page_size, 1) - 1).clamp(min=0))
     return pages
 
 
@@ -67,7 +67,7 @@ class Cached:
 
     def log_weights(self, index):
         """Of a lane, [tokens]."""
-        kept = self.pages.weights[self.tables[index]].flatten()[: self.lengths[index]]
+        kept = self.pages.planes[self.tables[index]].flatten()[: self.lengths[index]]
         return kept * self.weighted
 
     def lanes(self):

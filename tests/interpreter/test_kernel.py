@@ -120,7 +120,7 @@ def test_nothing_depends_on_what_lies_behind_a_lane(xformers, weighted):
         places = cached.tables[index].repeat_interleave(16) * 16 + torch.arange(32) % 16
         for part in (cached.pages.keys, cached.pages.values):
             part.view(-1, 32)[places[length:]] = torch.nan
-        cached.pages.weights.view(-1)[places[length:]] = torch.nan
+        cached.pages.planes.view(-1)[places[length:]] = torch.nan
     assert cached.worst_error(xformers, 3) < EXACT
 
 

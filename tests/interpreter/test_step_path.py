@@ -34,7 +34,7 @@ def test_nothing_is_read_back(xformers, monkeypatch, records, rows, weighted):
         monkeypatch.setattr(operator, "SUPPORTED_DEVICES", {"meta"})
         monkeypatch.setattr(operator, "get_kernel", classmethod(lambda cls: NoKernel()))
     token = records.num_bytes(32) if records else 64
-    layout = PageLayout(64, 64 * token, 32, "float16", records)
+    layout = PageLayout(64, 64 * token, 32, "float16", records, planes=1)
     pool = Pool(num_pages=8, page_bytes=2 * layout.half_bytes, plane_bytes=128, device=meta)
     q, k, v = torch.empty(3, rows, 9, 3, 32, dtype=torch.float16, device=meta)
     tables = torch.zeros(rows * 3, 2, dtype=torch.int64, device=meta)

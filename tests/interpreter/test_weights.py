@@ -72,7 +72,7 @@ def test_a_token_of_weight_seven_is_seven_equal_ones(xformers):
     """What folding rests on."""
     one = Cached(16, 32, None, [1, 1], weighted=True)
     many = Cached(16, 32, None, [7, 7])
-    one.pages.weights.fill_(math.log(7))
+    one.pages.planes.fill_(math.log(7))
     token, (q, k, v) = torch.randn(32).half(), torch.randn(3, 1, 4, 2, 32).half()
     for cached in (one, many):
         for part in (cached.pages.keys, cached.pages.values):

@@ -10,6 +10,7 @@ import kvruntime.planning.regions
 import kvruntime.step.fold
 import kvruntime.step.keep
 import kvruntime.step.read
+import kvruntime.step.refit
 import kvruntime.step.run
 import kvruntime.step.shift
 import kvruntime.storage.records
@@ -75,7 +76,7 @@ PLACES = {
     "select": [(Spy, "select")],
     "write": [(kvruntime.step.keep, "write"), (kvruntime.step.shift, "write")],
     "write planes": [(kvruntime.step.keep, "write_planes"), (kvruntime.step.fold, "pack_plane")],
-    "refit": [(kvruntime.step.fold, "look"), (kvruntime.step.fold, "refit")],
+    "refit": [(kvruntime.step.refit, "masses"), (kvruntime.step.fold, "refit")],
     "propose": [(BlockTable, "propose")],
     "commit": [(BlockTable, "commit")],
     "after the commit": [(kvruntime.step.commit, "_written_places")],

@@ -53,17 +53,16 @@ def event_by_event(plan):
     """
     geometry = plan.geometry
     weight = PLANE_BYTES * len(plan.planes)
-    quantised = [False] * geometry.layers
+    formats = [plan.formats[0]] * geometry.layers
     held = [[0] * geometry.heads for _ in range(geometry.layers)]
     for scale in range(len(plan.schedule)):
         for layer in range(geometry.layers):
             held[layer] = plan.tokens[scale, layer].tolist()
-            quantised[layer] = bool(plan.quantised[scale, layer])
+            formats[layer] = plan.format_after(scale, layer)
             pages = size = 0
-            for lanes, packed in zip(held, quantised, strict=True):
-                per_page = plan.page_size if packed else plan.exact_page_size
-                token = stored_bytes(geometry, plan.records if packed else None) + weight
-                pages += sum(-(-tokens // per_page) for tokens in lanes)
+            for lanes, each in zip(held, formats, strict=True):
+                token = stored_bytes(geometry, each.records) + weight
+                pages += sum(-(-tokens // each.page_size) for tokens in lanes)
                 size += sum(lanes) * token
             yield scale, layer, pages, size
 
@@ -78,7 +77,8 @@ def test_totals_are_the_walk_over_all_events(plan):
         if layer == plan.geometry.layers - 1:
             after_scale.append(now_tokens)
     page = plan.page_size * stored_bytes(plan.geometry, plan.records)
-    planes = max(plan.page_size, plan.exact_page_size) * PLANE_BYTES * len(plan.planes)
+    places = max(each.page_size for each in plan.formats)
+    planes = places * PLANE_BYTES * len(plan.planes)
     assert (plan.bytes_per_page, plan.plane_bytes_per_page) == (page, planes)
     assert plan.peak_pages == plan.rows * max(pages)
     assert plan.plane_bytes == planes * plan.rows * max(pages)

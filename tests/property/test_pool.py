@@ -26,7 +26,7 @@ class Owner:
     def __init__(self, pool, rows, heads):
         self.tables = [BlockTable(pool.allocator, rows, heads)]
         self.dense = [[torch.zeros(0, 2 * DIM + 1) for _ in range(heads)] for _ in range(rows)]
-        self.layout = PageLayout(1, HALF, DIM, "float32")
+        self.layout = PageLayout(1, HALF, DIM, "float32", planes=1)
 
     @property
     def table(self):
@@ -99,7 +99,7 @@ class PoolMachine(stateful.RuleBasedStateMachine):
         )
         if table.owned().size - proposal.dropped.size + proposal.num_taken > self.open_now[owner]:
             return  # more than it has reserved: plans never ask for that
-        layout = PageLayout(size, HALF, DIM, "float32")
+        layout = PageLayout(size, HALF, DIM, "float32", planes=1)
         try:
             with self.pool.changing():
                 old, new = table.commit(proposal)
@@ -127,7 +127,7 @@ class PoolMachine(stateful.RuleBasedStateMachine):
         slots = ids[places // size] * size + places % size
         write(pages.keys, slots, new[:, :DIM])
         write(pages.values, slots, new[:, DIM:-1])
-        pages.weights[ids[places // size], places % size] = new[:, -1].half()
+        pages.planes[ids[places // size], places % size, 0] = new[:, -1].half()
 
     @stateful.rule(target=owners, owner=owners)
     def fork(self, owner):
@@ -193,8 +193,8 @@ class PoolMachine(stateful.RuleBasedStateMachine):
                     assert table.lengths[r, h] == len(lane)
                     mine = torch.from_numpy(table.pages[r, h].astype(np.int64))
                     mine = mine[: int(table.num_pages[r, h])]
-                    weights = pages.weights[mine][:, : owner.layout.page_size].float()
-                    parts = (pages.keys[mine], pages.values[mine], weights.unsqueeze(-1))
+                    planes = pages.planes[mine][:, : owner.layout.page_size].float()
+                    parts = (pages.keys[mine], pages.values[mine], planes)
                     held = torch.cat([part.flatten(0, 1)[: len(lane)] for part in parts], 1)
                     assert torch.equal(held, lane)
 

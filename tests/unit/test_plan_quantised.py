@@ -49,9 +49,9 @@ def test_the_start_scale_is_where_exact_tokens_would_take_more():
     # 16 tokens take 3 exact pages; the quantised cache never takes more than 2
     assert made.start_scale == 0
     made = one_lane("float16", schedule=ScaleSchedule.of([1, 2, 4, 4, 4]), dim=16)
-    # 1, 5, 21 and 37 tokens in exact pages: 1, 1, 4, 7; 37 records in 3
-    assert made.start_scale == 2 and made.page_tokens[:, 0].tolist() == [6, 6, 16, 16, 16]
-    assert made.row_pages[:, 0].tolist() == [1, 1, 2, 3, 0]
+    # 1, 5, 21 and 37 tokens in exact pages: 1, 1, 4, 7; of int8, 8 to a page: 3 and 5; of int4: 3
+    assert made.start_scale == 2 and made.page_tokens[:, 0].tolist() == [6, 6, 8, 16, 16]
+    assert made.row_pages[:, 0].tolist() == [1, 1, 3, 3, 0]
     assert one_lane("float16", 4, ScaleSchedule.of([1, 2, 4, 4, 4]), dim=16).peak_pages == 7
     # a window of 5 never takes more than its one exact page
     made = one_lane("float16", policy=SlidingWindow(), budget=5, dim=16)
@@ -72,7 +72,7 @@ def test_a_policy_may_decide_what_is_quantised():
     assert made.page_tokens.tolist() == [[5, 16], [5, 16], [16, 16]]
     # layers one after another: 4 exact pages and 1 of records, 7 and 2, then all of it goes
     assert made.row_pages.tolist() == [[4, 5], [8, 9], [2, 0]]
-    assert [made.was_quantised(scale, 1) for scale in range(3)] == [False, True, True]
+    assert [made.format_after(scale, 1).records for scale in (-1, 0)] == [None, RecordFormat(4)]
     asked = made_of(geometry, schedule, Early(), 1, kv_dtype="int4", page_size=16, kv_start=1)
     assert asked.quantised.tolist() == [[False, False], [True, True], [True, True]]
     assert not made_of(geometry, schedule, Early(), 1).quantised.any()
@@ -83,10 +83,10 @@ def test_the_longest_table():
     made = one_lane("float16", 1)
     assert made.exact_page_size == 5
     assert made.page_tokens[:, 0].tolist() == [5, 16, 16]
-    assert made.longest_table(quantised=False) == 4  # 16 tokens, read at scale 1
-    assert made.longest_table(quantised=True) == 2  # 32 tokens, read at scale 2
-    assert one_lane("float16", kv_dtype=None).longest_table(quantised=True) == 1
-    assert one_lane("float16", 0).longest_table(quantised=False) == 1
+    exact, records = made.formats[0], made.formats[-1]
+    assert made.longest_table(exact) == 4  # 16 tokens, read at scale 1
+    assert made.longest_table(records) == 2  # 32 tokens, read at scale 2
+    assert one_lane("float16", 0).longest_table(exact) == 1
 
 
 def test_other_rows():
@@ -182,8 +182,8 @@ def test_plans_for_the_pages_of_a_pool():
     made = make_plan(geometry, SCHEDULE, Full(), options, 1, page_bytes=2048)
     assert (made.page_size, made.exact_page_size) == (32, 16)  # of 20 and 64 bytes in 1024
     assert made.bytes_per_page == 2048 and made.row_pages[:, 0].tolist() == [1, 1, 0]
-    assert made.layout(quantised=True).stride_bytes == 32
-    assert made.layout(quantised=False).stride_bytes == 64
+    assert made.layout(made.formats[-1]).stride_bytes == 32
+    assert made.layout(made.formats[0]).stride_bytes == 64
 
 
 @pytest.mark.parametrize("half", [10, 62])

@@ -157,7 +157,7 @@ def test_pages_of_others(dtype, page_bytes, kv_dtype, page_size, sizes):
     cache = make("full", geometry=geometry, pool=pool, kv_dtype=kv_dtype, page_size=page_size)
     made = cache.plan(1)
     assert (made.page_size, made.exact_page_size) == sizes
-    assert pool.view(made.layout(False, page_bytes)) and pool.view(made.layout(True, page_bytes))
+    assert all(pool.view(made.layout(each, page_bytes)) for each in made.formats)
 
 
 def test_exact_tokens_in_pages_of_64_records():

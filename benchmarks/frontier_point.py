@@ -1,0 +1,168 @@
+"""One point of the frontier: the bundled model's pictures with one policy, format and share of the
+bytes, beside those of its own cache. Runs in a process of its own, on one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+import kvruntime
+from kvruntime.catalogue import VAR_256
+from kvruntime.quality import psnr_db
+from kvruntime.reference import EmojiVAR, load_classes, load_model
+from kvruntime.reference.transformer import SelfAttention
+
+BATCH = 20  # pictures at a time
+STEP_PICTURES = 4  # whose queries, keys and values are kept, for the error of attention
+REFERENCE = "reference.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A way to cache. share: of the bytes of the whole history in bfloat16."""
+
+    policy: str
+    kv_dtype: str | None
+    share: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy}-{self.kv_dtype or 'exact'}-{self.share.rstrip('%')}"
+
+
+def evaluation_labels(pictures: int) -> Tensor:
+    """Labels [pictures]: the classes of odd number in turn. Calibration draws the even ones."""
+    return 2 * (torch.arange(pictures) % (len(load_classes()) // 2)) + 1
+
+
+def batches(pictures: int, seed: int) -> Iterator[tuple[slice, Tensor, int]]:
+    """Which pictures, their labels, and the seed of the first."""
+    labels = evaluation_labels(pictures)
+    for start in range(0, pictures, BATCH):
+        part = slice(start, min(start + BATCH, pictures))
+        yield part, labels[part], seed + start
+
+
+def make_reference(folder: Path, pictures: int, seed: int) -> None:
+    """Draw on the model's own cache and keep what points are compared with."""
+    model = load_model(torch.bfloat16)
+    drawn, codes, logs = [], [], []
+    steps: dict[str, Tensor] = {}
+    for _, labels, first in batches(pictures, seed):
+        batch_codes, batch_drawn = model.generate_codes(labels, first)
+        drawn.append(batch_drawn.float())
+        codes.append(torch.cat(batch_codes, 1))
+        logs.append(torch.cat(model.teacher_forced(labels, batch_codes), 1))
+    some = min(STEP_PICTURES, pictures)
+    with _recorded(steps):
+        model.teacher_forced(evaluation_labels(some), _by_scale(codes[0][:some]))
+    tensors = {"drawn": torch.cat(drawn), "codes": torch.cat(codes), "logs": torch.cat(logs)}
+    save_file(tensors | steps, folder / REFERENCE)
+
+
+@contextmanager
+def _recorded(steps: dict[str, Tensor]) -> Iterator[None]:
+    """Queries, keys and values of every step meanwhile, [3, rows, tokens, heads, head_dim], by
+    number in the order of layers within scales.
+    """
+    project = SelfAttention.project
+
+    def record(self: SelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = project(self, x)
+        steps[f"step{len(steps)}"] = torch.stack(out)
+        return out
+
+    SelfAttention.project = record  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SelfAttention.project = project  # type: ignore[method-assign]
+
+
+def _by_scale(tokens: Tensor) -> list[Tensor]:
+    return list(tokens.split(VAR_256.tokens, dim=1))  # type: ignore[no-untyped-call]
+
+
+def draw(point: Point, folder: Path, pictures: int, seed: int) -> dict[str, Any]:
+    """Figures of each picture, and of the point. What the policy refuses is said in "refused"."""
+    torch.set_num_threads(1)
+    reference, model = load_file(folder / REFERENCE), load_model(torch.bfloat16)
+    options: dict[str, Any] = {"kv_dtype": point.kv_dtype}
+    found: dict[str, list[float]] = {"psnr": [], "ssim": [], "kl": []}
+    seconds = 0.0
+    with ExitStack() as stack:
+        try:
+            cached = kvruntime.attach(model, point.policy, point.share, **options)
+            attached = stack.enter_context(cached)
+        except (ValueError, kvruntime.WillNeverFit) as error:
+            return asdict(point) | {"refused": str(error)}
+        for part, labels, first in batches(pictures, seed):
+            began = time.perf_counter()
+            drawn = model.generate_codes(labels, first)[1].float()
+            seconds += time.perf_counter() - began
+            stats = attached.stats
+            own = reference["drawn"][part]
+            found["psnr"] += psnr_db(drawn, own).tolist()
+            found["ssim"] += structural_similarity_index_measure(
+                drawn, own, data_range=1.0, reduction="none"
+            ).tolist()
+            found["kl"] += _divergence(model, labels, reference, part).tolist()
+    held = stats.page_bytes * stats.peak_pages / stats.planned_pages
+    return asdict(point) | {
+        "bytes_share": held / stats.history_bytes,
+        "tokens": stats.budget_tokens,
+        "page_size": stats.page_size,
+        "kv_start": stats.kv_start,
+        "seconds_per_picture": seconds / pictures,
+        "attention_error": attention_error(point, reference),
+        **found,
+    }
+
+
+def _divergence(
+    model: EmojiVAR, labels: Tensor, reference: dict[str, Tensor], part: slice
+) -> Tensor:
+    """KL(own cache || this one) in nats, mean over the tokens of each picture, [pictures], while
+    both are fed the same codes.
+    """
+    own = reference["logs"][part]
+    ours = torch.cat(model.teacher_forced(labels, _by_scale(reference["codes"][part])), 1)
+    return (own.exp() * (own - ours)).sum(-1).mean(-1)
+
+
+def attention_error(point: Point, reference: dict[str, Tensor]) -> float:
+    """How far attention is from that over the whole history where both get the queries, keys and
+    values of the model's own cache: root of the mean square over that of the latter.
+    """
+    steps = [reference[f"step{number}"] for number in range(len(VAR_256) * 8)]
+    rows, _, heads, head_dim = steps[0][0].shape
+    geometry = kvruntime.CacheGeometry(8, heads, head_dim, "bfloat16", "bfloat16")
+    squares = torch.zeros(2, dtype=torch.float64)
+    caches = [
+        kvruntime.PagedKVCache(
+            geometry,
+            VAR_256,
+            kvruntime.CacheOptions(policy=policy, budget=budget, kv_dtype=kv_dtype),
+            softmax_scale=1.0,
+        ).open(rows)
+        for policy, budget, kv_dtype in (
+            (point.policy, point.share, point.kv_dtype),
+            ("full", 1.0, None),
+        )
+    ]
+    for number, (q, k, v) in enumerate(steps):
+        ours, wanted = (cache.attend(number % 8, q, k, v).double() for cache in caches)
+        squares += torch.stack([(ours - wanted).square().sum(), wanted.square().sum()])
+    for cache in caches:
+        cache.close()
+    return float((squares[0] / squares[1]).sqrt())
