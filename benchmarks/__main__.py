@@ -13,7 +13,17 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import allocator, attention, frontier, generate, gpu, infinity, memory, soak
+from benchmarks import (
+    allocator,
+    attention,
+    frontier,
+    frontier_plot,
+    generate,
+    gpu,
+    infinity,
+    memory,
+    soak,
+)
 from benchmarks.common import environment
 from benchmarks.load import beside_load as neighbour
 from benchmarks.schemas import REPORTS
@@ -91,24 +101,37 @@ def _attention(
 
 @app.command("frontier")
 def _frontier(
-    pictures: int = 64,
-    points: Annotated[
-        int, typer.Option(help=f"The first 1 to {len(frontier.POINTS)} of them.")
-    ] = 4,
+    pictures: Annotated[int | None, typer.Option(min=2, help="200; 24 with --quick.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = (
         frontier.SEED
     ),
+    quick: Annotated[bool, typer.Option(help="Six points in place of all.")] = False,
+    policy: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep what is done here, and go on from it.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw quality against bytes.")] = None,
     out: Out = None,
 ) -> None:
-    """What bytes buy: the bundled model's pictures at 10 % down to 2 % of the bytes."""
-    _report(
-        "frontier",
-        out,
-        lambda progress: frontier.run(progress, pictures, points, seed),
-        pictures=pictures,
-        points=points,
-        seed=seed,
+    """What bytes buy: every policy on the bundled model at 40 % down to 1 % of the bytes."""
+    unknown = [name for name in policy or [] if name not in frontier.POLICIES]
+    if unknown:
+        _fail(f"{unknown[0]!r} is not one of {', '.join(frontier.POLICIES)}", BAD_INPUT)
+    chosen = list(frontier.QUICK) if quick else frontier.points()
+    chosen = [point for point in chosen if not policy or point.policy in policy]
+    count = pictures or (frontier.QUICK_PICTURES if quick else frontier.PICTURES)
+
+    def run(progress: Progress) -> Any:
+        try:
+            return frontier.run(progress, chosen, count, seed, work)
+        except ValueError as error:
+            _fail(str(error), BAD_INPUT)
+
+    results = _report(
+        "frontier", out, run, pictures=count, seed=seed, quick=quick, policies=policy or []
     )
+    if plot is not None:
+        frontier_plot.save_plot(results, plot)
 
 
 @app.command("generate")

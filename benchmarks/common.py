@@ -64,13 +64,6 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def mean_and_error(values: list[float]) -> dict[str, float | int | None]:
-    """Mean, its standard error, and of how many; None where there are too few."""
-    count = len(values)
-    error = statistics.stdev(values) / count**0.5 if count > 1 else None
-    return {"mean": statistics.fmean(values) if values else None, "se": error, "count": count}
-
-
 def ratios(top: list[float], bottom: list[float]) -> list[float]:
     """Round by round, so that a machine whose speed drifts does not matter."""
     return [a / b for a, b in zip(top, bottom, strict=True)]

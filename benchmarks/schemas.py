@@ -21,12 +21,6 @@ class Spread(Strict):
     max: float
 
 
-class MeanAndError(Strict):
-    mean: float | None
-    se: float | None
-    count: int
-
-
 class Environment(Strict):
     machine: str
     processor: str
@@ -83,25 +77,54 @@ class Attention(Strict):
     dequantize_worst_step_share: Spread
 
 
-class Frontier(Strict):
+class Interval(Strict):
+    """A mean over pictures, and its 95 % interval."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+class FrontierPoint(Strict):
     """bytes_share: pages held at the peak over the bfloat16 bytes of the whole history. kl in
     nats; psnr_db over the pictures that differ from the own cache's; paired_db: how much closer
-    they are than those of the first point.
+    they are than those of the base, kl_ratio: KL over its KL. attention_error: root mean square
+    over that of attention to the whole history.
     """
 
     policy: str
     kv_dtype: str | None
-    budget: float | str
+    share: str
     bytes_share: float
     tokens: int
     page_size: int
     kv_start: int | None
-    pictures: int
+    seconds_per_picture: float
+    attention_error: float
     identical_pictures: int
-    kl: float
-    psnr_db: float | None
-    paired_db: MeanAndError
-    seconds: float
+    psnr_db: Interval
+    ssim: Interval
+    kl: Interval
+    paired_db: Interval | None
+    kl_ratio: float | None
+
+
+class Refused(Strict):
+    """A share that a policy cannot work with, in its own words."""
+
+    policy: str
+    kv_dtype: str | None
+    share: str
+    refused: str
+
+
+class Frontier(Strict):
+    """base: the published policy with the least KL, exact at 10 % of the bytes."""
+
+    pictures: int
+    base: str | None
+    points: list[FrontierPoint]
+    refused: list[Refused]
 
 
 class Generate(Strict):
@@ -192,7 +215,7 @@ class Gpu(Strict):
 REPORTS: dict[str, type[Report[Any]]] = {
     "allocator": Report[Allocator],
     "attention": Report[list[Attention]],
-    "frontier": Report[list[Frontier]],
+    "frontier": Report[Frontier],
     "generate": Report[Generate],
     "gpu": Report[Gpu],
     "infinity": Report[Infinity],

@@ -36,6 +36,7 @@ from policies.sketches import sketch, sketch_scratch, sketch_size
 _FAR = -1e30  # a product that no key reaches; finite, since its lowest bits become a number
 _PACKED = 1024  # most seeds whose number fits into the bits of a product that can be spared
 _PRODUCTS = 2**22  # compared at a time, over all lanes, if that leaves blocks of 64 candidates
+_CACHED = 2**19  # the same on a CPU, whose cache they should not leave
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,9 +129,8 @@ class Centroid:
         nearest = [part_of(part, *rest.shape) for part in scratch["nearest"]]
         sketches = sketch(candidates)
         rest_sketches = _gather(sketches, rest, "rest_sketches", scratch)
-        _compare(
-            sketches, heads, rest_sketches, flat[:, :first], firsts, found[0], nearest[0], scratch
-        )
+        chosen = _gather(sketches, flat[:, :first], "seed_sketches", scratch)
+        _compare(rest_sketches, chosen, firsts, found[0], nearest[0], scratch)
         if most > first:
             misfit = part_of(scratch["misfit"], *rest.shape)
             torch.linalg.vector_norm(rest_sketches[:, :, :-1], dim=-1, out=misfit)
@@ -143,16 +143,8 @@ class Centroid:
             places = best(by_head, keep - firsts, scratch).flatten(0, 1)
             places.clamp_(max=rest.shape[1] - 1)
             flat[:, first:] = torch.gather(rest, 1, places)
-            _compare(
-                sketches,
-                heads,
-                rest_sketches,
-                flat[:, first:],
-                keep - firsts,
-                found[1],
-                nearest[1],
-                scratch,
-            )
+            chosen = _gather(sketches, flat[:, first:], "seed_sketches", scratch)
+            _compare(rest_sketches, chosen, keep - firsts, found[1], nearest[1], scratch)
             nearest[1].add_(first)
             torch.where(found[1] > found[0], nearest[1], nearest[0], out=nearest[0])
         if (keep != most).any():
@@ -193,35 +185,34 @@ def _block(lanes: int, kept: int, count: int) -> int:
 
 def _compare(
     sketches: Tensor,
-    heads: int,
-    rest_sketches: Tensor,
-    seeds: Tensor,
+    chosen: Tensor,
     counts: Lengths,
     closest: Tensor,
     nearest: Tensor,
     scratch: Mapping[str, Tensor],
 ) -> None:
-    """For each of ``rest_sketches`` [lanes, n, sketch] the nearest of the seeds [lanes, m], of
-    which each head uses the first ``counts``: its number into ``nearest``, sketch . seed -
-    |seed|^2 / 2 into ``closest``.
+    """For each of ``sketches`` [lanes, n, sketch] the nearest of ``chosen`` [lanes, m, sketch], of
+    which each head uses the first ``counts``: its number into ``nearest``, sketch . chosen -
+    |chosen|^2 / 2 into ``closest``.
     """
-    dim, (lanes, most) = sketches.shape[2], seeds.shape
-    chosen = _gather(sketches, seeds, "seed_sketches", scratch)
+    lanes, most, dim = chosen.shape
     halves = part_of(scratch["halves"], lanes, most)
     torch.linalg.vector_norm(chosen[:, :, :-1], dim=-1, out=halves)
     halves.square_().mul_(-0.5)
     if (counts != most).any():
-        unused = beyond(tuple(counts.tolist()), seeds.device)
-        halves.view(-1, heads, most).masked_fill_(unused, _FAR)
+        unused = beyond(tuple(counts.tolist()), chosen.device)
+        halves.view(-1, counts.size, most).masked_fill_(unused, _FAR)
     turned = part_of(scratch["turned"], lanes, dim, most).copy_(chosen.transpose(1, 2))
     turned[:, -1] = halves
-    numbers = torch.arange(most, dtype=torch.int32, device=seeds.device)
+    numbers = torch.arange(most, dtype=torch.int32, device=chosen.device)
     spared = (1 << max(1, (most - 1).bit_length())) - 1
-    count, size = rest_sketches.shape[1], scratch["products"].shape[1]
+    count, size = sketches.shape[1], scratch["products"].shape[1]
+    if chosen.device.type == "cpu":
+        size = min(size, max(64, _CACHED // (lanes * most)))
     for start in range(0, count, size):
         end = min(start + size, count)
         products = part_of(scratch["products"], lanes, end - start, most)
-        torch.bmm(rest_sketches[:, start:end], turned, out=products)
+        torch.bmm(sketches[:, start:end], turned, out=products)
         if most <= _PACKED:  # the seed's number in the lowest bits: one pass finds both
             products.view(torch.int32).bitwise_and_(~spared).bitwise_or_(numbers)
             value = part_of(scratch["block_closest"], lanes, end - start)

@@ -9,7 +9,7 @@ from policies import AMSKV, CacheGeometry, Centroid, ScaleSchedule, SlidingWindo
 from tests.generations import Case, fresh
 from tests.support import RandomFold, RandomPolicy
 
-PAGE_BYTES, PLANE_BYTES = 960, 16
+PAGE_BYTES, PLANE_BYTES = 960, 24
 SCHEDULE = ScaleSchedule.of([1, 2, 1, (1, 3), 2])
 
 

@@ -228,7 +228,8 @@ def policies(draw, layers, heads, schedule):
         )
     if kind == "centroid":
         share = draw(st.sampled_from([0.3, 0.75, 1.0]))
-        return Centroid(draw(st.sampled_from([1, 3, 64])), share, draw(st.booleans()))
+        some = draw(st.sampled_from([1, 3, 64]))
+        return Centroid(some, share, draw(st.booleans()))
     if kind == "h2o":
         return H2O(draw(st.sampled_from([0.0, 0.5])))
     if kind == "snapkv":

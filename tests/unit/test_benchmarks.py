@@ -12,9 +12,8 @@ import torch
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from benchmarks import allocator, attention, frontier, generate, memory
+from benchmarks import allocator, attention, generate, memory
 from benchmarks.__main__ import app
-from benchmarks.common import mean_and_error
 from benchmarks.load import beside_load
 from benchmarks.schemas import REPORTS, Attention, Report
 from kvruntime import CacheGeometry, ScaleSchedule
@@ -125,33 +124,7 @@ def small_model(monkeypatch):
         torch.manual_seed(0)
         return EmojiVAR(len(load_classes()), width=64, depth=4, num_heads=2).to(dtype).eval()
 
-    for module in (frontier, generate):
-        monkeypatch.setattr(module, "load_model", load)
-
-
-def test_frontier(call, small_model):
-    report = call("frontier", "--pictures", "2", "--points", "4")
-    assert report["options"] == {"pictures": 2, "points": 4, "seed": 20_000}
-    results = report["results"]
-    asked = [(result["policy"], result["kv_dtype"], result["budget"]) for result in results]
-    assert asked == [
-        ("scalekv", None, 0.10),
-        ("centroid", "int4", "10%"),
-        ("centroid", "int4", "4%"),
-        ("centroid", "int4", "2%"),
-    ]
-    for result in results[1:]:
-        assert 0 < result["bytes_share"] <= float(result["budget"].removesuffix("%")) / 100
-    base = results[0]["paired_db"]
-    assert base["mean"] == 0 and base["se"] == 0 and base["count"] == 2
-    tokens = [result["tokens"] for result in results[1:]]
-    assert tokens == sorted(tokens, reverse=True)
-    assert len(frontier.POINTS) == 8 and frontier.POINTS[4:] == (
-        ("centroid", None, 0.10),
-        ("scalekv", "int4", "10%"),
-        ("full", "int4", 1.0),
-        ("streaming_llm", None, 0.10),
-    )
+    monkeypatch.setattr(generate, "load_model", load)
 
 
 @pytest.mark.filterwarnings("ignore")  # the profiler's own
@@ -187,12 +160,6 @@ def test_a_file_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr(allocator, "run", lambda *args: pytest.fail("measured"))
     done = CliRunner().invoke(app, ["allocator", "--json", str(tmp_path)])
     assert done.exit_code == 2 and "cannot be written" in done.stderr
-
-
-def test_mean_and_error():
-    assert mean_and_error([1.0, 3.0]) == {"mean": 2.0, "se": 1.0, "count": 2}
-    assert mean_and_error([5.0]) == {"mean": 5.0, "se": None, "count": 1}
-    assert mean_and_error([]) == {"mean": None, "se": None, "count": 0}
 
 
 def fields(model):

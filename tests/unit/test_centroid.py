@@ -134,7 +134,7 @@ def test_lanes_by_brute_force(rows, cached, keep, share, dtype, seed):
     means = None
     if seed % 2:
         means = torch.randn(3, 2, heads, 4, generator=generator).numpy()
-    policy = Centroid(queries=4, first_share=share, query_means=means)
+    policy = Centroid(4, share, query_means=means)
     candidates = a_step(policy, keys, queries, keep, schedule, bias, softmax_scale=0.5)
     selection = check(policy, candidates)
     for head, number in enumerate(keep):

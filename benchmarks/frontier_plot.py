@@ -1,0 +1,85 @@
+"""The frontier as a picture: quality against bytes, one line a policy and format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+
+_BASELINES = ("random", "sliding_window", "streaming_llm")
+_TICKS = (1, 2, 4, 10, 20, 40)
+
+
+def save_plot(results: dict[str, Any], path: Path) -> None:
+    """KL and PSNR over the bytes really held, both with their 95 % intervals."""
+    policies = list(dict.fromkeys(point["policy"] for point in results["points"]))
+    published = [name for name in policies if name not in (*_BASELINES, "centroid")]
+    colours = {name: plt.get_cmap("tab10")(place) for place, name in enumerate(published)}
+    colours |= {"centroid": "black"}
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), constrained_layout=True)
+    for axis, what in zip(axes, ("kl", "psnr_db"), strict=True):
+        for policy in policies:
+            for kv_dtype in (None, "int4"):
+                _line(axis, results, policy, kv_dtype, what, colours.get(policy, "0.65"))
+        axis.set_xscale("log")
+        axis.set_xticks(_TICKS, [f"{tick} %" for tick in _TICKS])
+        axis.minorticks_off()
+        axis.set_xlabel("bytes held at the peak, of the whole history in bfloat16")
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel("KL to the model's own cache, nats (lower is better)")
+    axes[1].set_ylabel("PSNR to the own cache's pictures, dB (higher is better)")
+    handles = [
+        Line2D([], [], color=colours.get(name, "0.65"), lw=3 if name == "centroid" else 1.5)
+        for name in policies
+    ]
+    styles = [Line2D([], [], color="0.3", ls=style, marker="o", ms=4) for style in ("-", "--")]
+    figure.legend(
+        [*handles, *styles],
+        [*policies, "exact pages", "int4 pages"],
+        loc="outside right center",
+        frameon=False,
+    )
+    figure.suptitle(
+        f"What bytes buy on the bundled model, {results['pictures']} pictures of classes and seeds "
+        "that nothing was chosen by"
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _line(
+    axis: Any, results: dict[str, Any], policy: str, kv_dtype: str | None, what: str, colour: Any
+) -> None:
+    points = sorted(
+        (
+            (100 * point["bytes_share"], point[what])
+            for point in results["points"]
+            if (point["policy"], point["kv_dtype"]) == (policy, kv_dtype)
+            and point[what]["mean"] is not None
+        ),
+        key=lambda pair: pair[0],
+    )
+    if not points:
+        return
+    shares = [share for share, _ in points]
+    ours = policy == "centroid"
+    axis.plot(
+        shares,
+        [value["mean"] for _, value in points],
+        color=colour,
+        ls="--" if kv_dtype else "-",
+        lw=2.8 if ours else 1.2,
+        marker="o",
+        ms=6 if ours else 3.5,
+        zorder=3 if ours else 2,
+    )
+    if all(value["low"] is not None for _, value in points):
+        lows, highs = ([value[end] for _, value in points] for end in ("low", "high"))
+        axis.fill_between(shares, lows, highs, color=colour, alpha=0.10, lw=0)

@@ -1,0 +1,114 @@
+"""The frontier: what a point measures, how points are put together, and that it goes on from what
+is done.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import frontier, frontier_point
+from benchmarks.__main__ import app
+from benchmarks.frontier_plot import save_plot
+from benchmarks.frontier_point import Point, draw, evaluation_labels, make_reference
+from benchmarks.schemas import Frontier
+from kvruntime.reference import EmojiVAR, load_classes
+from policies import POLICY_NAMES
+
+SETTINGS = {"pictures": 2, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Points of a small model that was never trained, by name."""
+    folder = tmp_path_factory.mktemp("frontier")
+    points = [
+        Point("scalekv", None, "10%"),
+        Point("random", None, "10%"),
+        Point("centroid", "int4", "4%"),
+        Point("full", None, "100%"),
+        Point("scalekv", None, "1%"),
+    ]
+
+    def load(dtype):
+        torch.manual_seed(0)
+        return EmojiVAR(len(load_classes()), width=64, depth=4, num_heads=2).to(dtype).eval()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frontier_point, "load_model", load)
+        make_reference(folder, **SETTINGS)
+        return {point: draw(point, folder, **SETTINGS) for point in points}
+
+
+def test_a_point(drawn):
+    full = drawn[Point("full", None, "100%")]
+    assert full["psnr"] == [math.inf] * 2 and full["kl"] == [0.0, 0.0]
+    assert full["attention_error"] == 0.0 and full["ssim"] == pytest.approx([1.0, 1.0])
+    exact, ours = drawn[Point("scalekv", None, "10%")], drawn[Point("centroid", "int4", "4%")]
+    assert 0 < exact["bytes_share"] <= 0.10 and 0 < ours["bytes_share"] <= 0.04
+    assert ours["kv_start"] is not None and exact["kv_start"] is None
+    for result in (exact, ours):
+        assert all(0 < value < 1 for value in result["kl"]) and 0 < result["attention_error"] < 1
+        assert len(result["psnr"]) == len(result["ssim"]) == 2
+    refused = drawn[Point("scalekv", None, "1%")]
+    assert "the least" in refused["refused"] and refused["policy"] == "scalekv"
+
+
+def test_results_are_paired_with_the_best_published_policy(drawn):
+    results = frontier.results(list(drawn.values()), 2)
+    Frontier.model_validate(results)
+    assert results["base"] == "scalekv" and len(results["refused"]) == 1
+    by_policy = {point["policy"]: point for point in results["points"]}
+    assert by_policy["scalekv"]["paired_db"]["mean"] == 0.0
+    assert by_policy["scalekv"]["kl_ratio"] == 1.0
+    wanted = [
+        ours - base
+        for ours, base in zip(
+            drawn[Point("random", None, "10%")]["psnr"],
+            drawn[Point("scalekv", None, "10%")]["psnr"],
+            strict=True,
+        )
+    ]
+    mean = sum(wanted) / 2
+    half = 1.96 * math.sqrt(sum((x - mean) ** 2 for x in wanted)) / math.sqrt(2)
+    paired = by_policy["random"]["paired_db"]
+    assert paired["mean"] == pytest.approx(mean)
+    assert paired["high"] - paired["mean"] == pytest.approx(half)
+    assert by_policy["full"]["identical_pictures"] == 2
+    assert by_policy["full"]["psnr_db"]["mean"] is None
+
+
+def test_the_plot(drawn, tmp_path):
+    save_plot(frontier.results(list(drawn.values()), 2), tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
+def test_every_policy_at_every_share_and_other_classes_than_calibration():
+    points = frontier.points()
+    assert len(points) == len(set(points)) == (len(POLICY_NAMES) - 1) * 6 * 2
+    assert all(label % 2 for label in evaluation_labels(50).tolist())
+    assert set(evaluation_labels(50).tolist()) == set(range(1, len(load_classes()), 2))
+
+
+def test_it_goes_on_from_what_is_done(tmp_path):
+    """One point in a process of its own; the next call draws nothing again."""
+    work = tmp_path / "work"
+    arguments = ["frontier", "--quick", "--policy", "random", "--pictures", "2", "--seed", "7"]
+    arguments += ["--work", str(work), "--json", str(tmp_path / "out.json")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [point["policy"] for point in report["results"]["points"]] == ["random"]
+    path = work / "random-exact-10.json"
+    stored = json.loads(path.read_text()) | {"tokens": 77}
+    path.write_text(json.dumps(stored))
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["results"]["points"][0]["tokens"] == 77
+    arguments[arguments.index("7")] = "8"
+    other = CliRunner().invoke(app, arguments)
+    assert other.exit_code == 2 and "take another folder" in other.stderr
+    wrong = CliRunner().invoke(app, ["frontier", "--policy", "lru"])
+    assert wrong.exit_code == 2 and "'lru' is not one of" in wrong.stderr
