@@ -49,8 +49,9 @@ class Centroid:
 
     Seeds are chosen in two rounds: ``first_share`` of them by the attention they get from the
     window, the rest where that attention times the distance from the nearest seed is largest. Then
-    every other candidate goes to its nearest seed. Keys are compared by sketches: how far they go
-    in the directions in which most of them differ, a quarter as many as they have channels. Two
+    every other candidate goes to its nearest seed. Where seeds are more than a key has channels,
+    keys are compared by sketches: how far they go in the directions in which most of them differ, a
+    quarter as many. Two
     matrix products, together of (candidates - first seeds) x budget x sketch for each lane.
 
     What is folded is then fitted to what the window sees (kvruntime.step.refit), unless
@@ -86,7 +87,8 @@ class Centroid:
 
     def scratch(self, sizes: StepSizes) -> list[Region]:
         rows, heads, count = sizes.rows, sizes.heads, sizes.candidates
-        lanes, kept, dim = rows * heads, sizes.kept, sketch_size(sizes.head_dim)
+        lanes, kept = rows * heads, sizes.kept
+        dim = sketch_size(sizes.head_dim, kept)
         block = _block(lanes, kept, count)
         return [
             *seen_scratch(sizes, min(self.queries, sizes.fresh)),

@@ -4,6 +4,7 @@ near in them is near; they are compared in a quarter of the time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -17,58 +18,67 @@ from policies.scratch import Region, part_of
 _SAMPLE = 256  # most candidates that tell in which directions keys differ
 
 
-def sketch_size(head_dim: int) -> int:
-    """Numbers in the sketch of a key of head_dim channels: the last one is 1."""
-    return max(8, head_dim // 4)
+def sketch_size(head_dim: int, kept: int) -> int:
+    """Numbers in the sketch of a key of head_dim channels: the last one is 1. Where few seeds are
+    compared with, keys are their own sketches: finding directions takes longer than it saves.
+    """
+    return head_dim + 1 if kept <= head_dim else max(8, head_dim // 4)
 
 
 def sketch_scratch(sizes: StepSizes) -> list[Region]:
     """What ``sketch`` works in, beside ``block_scratch``."""
-    lanes, dim, size = sizes.rows * sizes.heads, sizes.head_dim, sketch_size(sizes.head_dim)
+    lanes, dim = sizes.rows * sizes.heads, sizes.head_dim
+    size = sketch_size(dim, sizes.kept)
     sample, ways = min(_SAMPLE, sizes.candidates), size - 1
-    return [
+    both = [
         Region("sample", (lanes, sample, dim), "float32"),
         Region("centre", (lanes, 1, dim), "float32"),
+        Region("sketches", (lanes, sizes.candidates, size), "float32"),
+    ]
+    if ways == dim:
+        return both
+    return [
+        *both,
         Region("mixtures", (lanes, sample, ways), "float32"),
         Region("directions", (2, lanes, ways, dim), "float32"),
         Region("overlaps", (2, lanes, ways, ways), "float32"),
         Region("status", (lanes,), "int32"),
         Region("sketched_centre", (lanes, 1, ways), "float32"),
-        Region("sketches", (lanes, sizes.candidates, size), "float32"),
     ]
 
 
 def sketch(candidates: Candidates) -> Tensor:
     """The keys [rows, heads, n, head_dim] less a centre of theirs, in the orthonormal directions
-    of ``_directions``, and 1: [lanes, n, sketch_size].
+    of ``_directions`` where there are fewer of these, and 1: [lanes, n, sketch_size].
     """
     keys, scratch = candidates.keys, candidates.scratch
-    directions, centre = _directions(candidates)
-    turn = directions.transpose(1, 2)
-    sketches = part_of(scratch["sketches"], turn.shape[0], keys.shape[2], 1 + turn.shape[2])
+    rows, heads, count, dim = keys.shape
+    size = sketch_size(dim, int(candidates.keep.max()))
+    sketches = part_of(scratch["sketches"], rows * heads, count, size)
     places = sketches[:, :, :-1]
-    for start, end, block in float32_blocks(keys, scratch):
-        torch.bmm(block, turn, out=places[:, start:end])
-    places.sub_(torch.bmm(centre, turn, out=scratch["sketched_centre"]))
+    sample, centre = _sample(candidates)
+    if size == dim + 1:
+        places.copy_(keys.flatten(0, 1)).sub_(centre)
+    else:
+        turn = _directions(sample, size - 1, scratch).transpose(1, 2)
+        for start, end, block in float32_blocks(keys, scratch):
+            torch.bmm(block, turn, out=places[:, start:end])
+        places.sub_(torch.bmm(centre, turn, out=scratch["sketched_centre"]))
     sketches[:, :, -1] = 1.0
     return sketches
 
 
 @lru_cache(maxsize=16)
-def _random(head_dim: int, device: torch.device) -> Tensor:
-    """Normal numbers, always the same, [head_dim, sketch_size - 1]."""
-    numbers = np.random.default_rng(0).standard_normal((head_dim, sketch_size(head_dim) - 1))
+def _random(head_dim: int, ways: int, device: torch.device) -> Tensor:
+    """Normal numbers, always the same, [head_dim, ways]."""
+    numbers = np.random.default_rng(0).standard_normal((head_dim, ways))
     with torch.inference_mode(False):  # they outlive a caller's inference_mode
         return torch.from_numpy(numbers.astype(np.float32)).to(device)
 
 
-def _directions(candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """In which directions most of the keys differ, [lanes, sketch_size - 1, head_dim], and their
-    centre, [lanes, 1, head_dim], judged by _SAMPLE of them.
-
-    Random mixtures of the covariance's columns, made orthonormal by Cholesky's factor of their
-    overlaps: a randomized range finder (Halko, Martinsson and Tropp 2011, section 4). Where keys
-    differ in fewer directions, the others add nothing to a distance.
+def _sample(candidates: Candidates) -> tuple[Tensor, Tensor]:
+    """Some of the keys less their mean, [lanes, at most _SAMPLE, head_dim], and that, [lanes, 1,
+    head_dim].
     """
     keys, scratch, lacks = candidates.keys, candidates.scratch, candidates.log_weights
     rows, heads, count, head_dim = keys.shape
@@ -79,9 +89,19 @@ def _directions(candidates: Candidates) -> tuple[Tensor, Tensor]:
         sample.masked_fill_(lacks[..., ::stride].transpose(2, 3).isneginf(), 0.0)
     sample = sample.flatten(0, 1)
     centre = torch.mean(sample, dim=1, keepdim=True, out=scratch["centre"])
-    sample.sub_(centre)
-    turn = _random(head_dim, keys.device).expand(rows * heads, -1, -1)
-    mixtures = part_of(scratch["mixtures"], *sample.shape[:2], turn.shape[2])
+    return sample.sub_(centre), centre
+
+
+def _directions(sample: Tensor, ways: int, scratch: Mapping[str, Tensor]) -> Tensor:
+    """In which directions most of the keys differ, judged by a sample: [lanes, ways, head_dim].
+
+    Random mixtures of the covariance's columns, made orthonormal by Cholesky's factor of their
+    overlaps: a randomized range finder (Halko, Martinsson and Tropp 2011, section 4). Where keys
+    differ in fewer directions, the others add nothing to a distance.
+    """
+    lanes, count, head_dim = sample.shape
+    turn = _random(head_dim, ways, sample.device).expand(lanes, -1, -1)
+    mixtures = part_of(scratch["mixtures"], lanes, count, ways)
     torch.bmm(sample, turn, out=mixtures)
     mixed, directions = scratch["directions"]
     overlaps, by_columns = scratch["overlaps"]
@@ -92,4 +112,5 @@ def _directions(candidates: Candidates) -> tuple[Tensor, Tensor]:
     diagonal.add_(diagonal.sum(dim=1, keepdim=True), alpha=1e-6).add_(1e-30)
     torch.linalg.cholesky_ex(overlaps, out=(factor, scratch["status"]))
     torch.linalg.solve_triangular(factor, mixed, upper=False, out=directions)
-    return directions, centre
+    found: Tensor = directions
+    return found

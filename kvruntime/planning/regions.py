@@ -202,6 +202,7 @@ def _refit(shape: StepShape) -> list[Region]:
     """Of folds that are fitted to queries (step.refit)."""
     lanes, written = shape.rows * shape.heads, shape.rows * shape.written
     queries, kept, dim = shape.fitted, shape.kept, shape.head_dim
+    least = min(queries, kept)
     regions = [
         Region("masses", (lanes, kept), "float32"),
         Region("torch: gone", (lanes, shape.candidates), "bool", by_torch=True),
@@ -211,12 +212,14 @@ def _refit(shape: StepShape) -> list[Region]:
         Region("moved", (lanes, kept), "float32"),
         Region("got", (lanes, kept), "float32"),
         Region("factor", (lanes, kept), "float32"),
-        Region("gram", (lanes, queries, queries), "float32"),
-        Region("triangle", (lanes, queries, queries), "float32"),
+        Region("gram", (lanes, least, least), "float32"),
+        Region("triangle", (lanes, least, least), "float32"),
         Region("status", (lanes,), "int32"),
         Region("gap", (lanes, queries, dim), "float32"),
-        Region("solved", (lanes, queries, dim), "float32"),
+        Region("solved", (lanes, least, dim), "float32"),
     ]
+    if kept < queries:
+        regions.append(Region("wanted", (lanes, kept, dim), "float32"))
     if shape.writes is not None or shape.dtype != "float32":
         regions.append(Region("read_back", (written, dim), "float32"))
     if shape.writes is not None:

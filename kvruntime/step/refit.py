@@ -2,7 +2,7 @@
 what they saw before.
 
 Keys are the means as they will be read back. After Attention Matching (arXiv 2602.16284), but for
-the solver: with fewer queries than centroids the ridge is solved for the queries.
+the solver: the ridge is solved for queries or for centroids, whichever are fewer.
 """
 
 from __future__ import annotations
@@ -51,17 +51,26 @@ def refit(step: Prepared, seen: Seen, keys: Tensor, log_weights: Tensor, values:
     log_weights.add_(moved)
     logits.add_(log_weights.unsqueeze(1))
     torch.softmax(logits, dim=-1, out=weights)
+    gap = torch.baddbmm(seen.outputs, weights, values, alpha=-1.0, out=scratch["gap"])
+    if step.shape.fitted <= step.shape.kept:
+        values.baddbmm_(weights.transpose(1, 2), _ridge(step, weights, gap, gap))
+    else:
+        turned = weights.transpose(1, 2)
+        wanted = torch.bmm(turned, gap, out=scratch["wanted"])
+        values.add_(_ridge(step, turned, wanted, wanted))
+
+
+def _ridge(step: Prepared, weights: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """(W W^T + ridge)^-1 ``right`` into ``out``, for W [lanes, n, m] with n <= m or n centroids."""
+    scratch = step.views.commit
     gram = torch.bmm(weights, weights.transpose(1, 2), out=scratch["gram"])
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    ridge = diagonal.sum(dim=1, keepdim=True).mul_(_ridge_shares(step, keys.device))
-    diagonal.add_(ridge)
-    gap = torch.baddbmm(seen.outputs, weights, values, alpha=-1.0, out=scratch["gap"])
+    diagonal.add_(diagonal.sum(dim=1, keepdim=True).mul_(_ridge_shares(step, gram.device)))
     lower = scratch["triangle"].transpose(1, 2)  # else LAPACK's result is copied
     torch.linalg.cholesky_ex(gram, out=(lower, scratch["status"]))
-    half = torch.linalg.solve_triangular(lower, gap, upper=False, out=scratch["solved"])
-    upper = lower.transpose(1, 2)
-    solved = torch.linalg.solve_triangular(upper, half, upper=True, out=scratch["gap"])
-    values.baddbmm_(weights.transpose(1, 2), solved)
+    half = torch.linalg.solve_triangular(lower, right, upper=False, out=scratch["solved"])
+    torch.linalg.solve_triangular(lower.transpose(1, 2), half, upper=True, out=out)
+    return out
 
 
 def _ridge_shares(step: Prepared, device: torch.device) -> Tensor:

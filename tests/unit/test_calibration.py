@@ -1,5 +1,6 @@
 """Calibration against whole attention matrices, which it never forms itself."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -65,6 +66,27 @@ def test_statistics(tiny_model, monkeypatch, block_numbers):
                 distance = (resized.view(4, 2, 16, -1) - now).norm(dim=2).mean()
                 assert profile.similarity[scale][layer] == pytest.approx(-float(distance), abs=1e-5)
             last[layer] = keys[:, :, cached:]
+
+
+@pytest.mark.parametrize("block_numbers", [2**23, 50_000])
+def test_statistics_of_heads(tiny_model, monkeypatch, block_numbers):
+    """Mass by source scale, variance of what a key gets at the last scale, mean queries."""
+    monkeypatch.setattr(kvruntime.calibration, "_BLOCK_NUMBERS", block_numbers)
+    profile = calibrate(tiny_model, lambda: tiny_model.generate(LABELS), 2, "tiny")
+    mass, variance = profile.per_head("test")
+    queries = torch.tensor(profile.query_means)
+    starts = [0, *itertools.accumulate(side * side for side in PATCH_SIDES)]
+    for scale, layers in enumerate(captured_steps(tiny_model, monkeypatch)):
+        for layer, (q, keys) in enumerate(layers):
+            weights = (q.transpose(1, 2) @ keys.transpose(2, 3)).softmax(-1)
+            for source in range(scale + 1):
+                part = weights[..., starts[source] : starts[source + 1]].sum(-1).mean((0, 2))
+                assert mass[scale, source, layer] == pytest.approx(part.tolist(), abs=1e-5)
+            assert not mass[scale, scale + 1 :].any()
+            assert (queries[scale, layer] - q.mean((0, 1))).abs().max() < 1e-5
+            if scale + 1 == len(PATCH_SIDES):
+                spread = weights.double().var(2, correction=0).sum(-1).mean(0)
+                assert variance[layer] == pytest.approx(spread.tolist(), abs=2e-6)
 
 
 def test_two_generations_are_averaged(tiny_model):

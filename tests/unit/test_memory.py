@@ -37,7 +37,7 @@ def test_allocated_is_planned(policy, dtype, kv_dtype, chunks):
     policy = made_for(policy, TINY.layers, TINY.head_dim)
     result = measure(TINY, policy, dtype, kv_dtype, chunks)
     share = result["workspace_bytes"] / result["planned_bytes"]
-    assert 0.2 < share < 0.95, "neither part may hide the other"
+    assert 0.2 < share < 0.96, "neither part may hide the other"
     assert 0.95 <= result["ratio"] <= 1.0, result
 
 

@@ -13,23 +13,23 @@ from policies.sketches import sketch, sketch_scratch, sketch_size
 from tests.support import problem_of
 
 
-def sketched(keys, bias=None):
+def sketched(keys, bias=None, kept=1000):
     """Sketches of keys [rows, heads, n, head_dim], in scratch that holds anything at first."""
     rows, heads, count, dim = keys.shape
-    sizes = StepSizes(rows, heads, dim, str(keys.dtype).removeprefix("torch."), 0, count, 1)
+    sizes = StepSizes(rows, heads, dim, str(keys.dtype).removeprefix("torch."), 0, count, kept)
     scratch = lend([*sketch_scratch(sizes), *block_scratch(sizes)], torch.device("cpu"))
     for part in scratch.values():
         part.fill_(torch.nan if part.is_floating_point() else 77)
     nothing = torch.empty(0, dtype=torch.int64)
     queries = torch.zeros(rows, count, heads, dim)
     schedule = ScaleSchedule.of([1, 1])
-    keep = np.ones(heads, dtype=np.int64)
+    keep = np.full(heads, kept)
     found = sketch(
         Candidates(
             problem_of(schedule), 0, 0, keep, nothing, queries, keys, keys, bias, 1.0, scratch
         )
     )
-    assert found.shape == (rows * heads, count, sketch_size(dim))
+    assert found.shape == (rows * heads, count, sketch_size(dim, kept))
     assert (found[..., -1] == 1.0).all()
     return found[..., :-1].double()
 
@@ -56,6 +56,16 @@ def test_few_directions_are_kept_exactly(rank, head_dim, count, offset, dtype, s
     flat = keys.flatten(0, 1)
     tolerance = 0.02 if dtype == torch.float32 else 0.02 * (1 + offset)
     assert torch.allclose(distances(sketched(keys)), distances(flat), atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_for_few_seeds_keys_are_their_own_sketches(dtype):
+    keys = torch.randn(2, 3, 300, 32).add(5.0).to(dtype)
+    found = sketched(keys, kept=32)
+    assert found.shape == (6, 300, 32)
+    flat = keys.flatten(0, 1).double()
+    assert torch.allclose(distances(found), distances(flat), atol=1e-4)
+    assert (found.mean(1).abs() < 0.3).all(), "less a centre of theirs"
 
 
 def test_equal_keys_have_equal_sketches():
