@@ -39,7 +39,10 @@ def save_plot(results: dict[str, Any], path: Path) -> None:
         Line2D([], [], color=colours.get(name, "0.65"), lw=3 if name == "centroid" else 1.5)
         for name in policies
     ]
-    styles = [Line2D([], [], color="0.3", ls=style, marker="o", ms=4) for style in ("-", "--")]
+    styles = [
+        Line2D([], [], color="0.3", ls=style, marker="o", ms=4, markerfacecolor=inside)
+        for style, inside in (("-", "0.3"), ("--", "white"))
+    ]
     figure.legend(
         [*handles, *styles],
         [*policies, "exact pages", "int4 pages"],
@@ -78,6 +81,7 @@ def _line(
         lw=2.8 if ours else 1.2,
         marker="o",
         ms=6 if ours else 3.5,
+        markerfacecolor="white" if kv_dtype else colour,
         zorder=3 if ours else 2,
     )
     if all(value["low"] is not None for _, value in points):
