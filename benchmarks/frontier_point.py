@@ -18,7 +18,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 import kvruntime
 from kvruntime.catalogue import VAR_256
-from kvruntime.quality import psnr_db
+from kvruntime.quality import kl_of_tokens, psnr_db
 from kvruntime.reference import EmojiVAR, load_classes, load_model
 from kvruntime.reference.transformer import SelfAttention
 
@@ -135,9 +135,8 @@ def _divergence(
     """KL(own cache || this one) in nats, mean over the tokens of each picture, [pictures], while
     both are fed the same codes.
     """
-    own = reference["logs"][part]
     ours = torch.cat(model.teacher_forced(labels, _by_scale(reference["codes"][part])), 1)
-    return (own.exp() * (own - ours)).sum(-1).mean(-1)
+    return kl_of_tokens(ours, reference["logs"][part]).mean(-1)
 
 
 def attention_error(point: Point, reference: dict[str, Tensor]) -> float:

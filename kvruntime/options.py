@@ -61,7 +61,7 @@ class CacheOptions:
     workspace: most bytes of the workspace; one row may exceed it, more rows may not. By default
         as the device's free memory allows.
     provenance: remember where each stored token comes from, 6 bytes a token
-        (Generation.provenance).
+        (kvruntime.provenance).
     """
 
     policy: str | Policy = "scalekv"

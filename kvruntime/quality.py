@@ -23,12 +23,17 @@ def psnr_db(pictures: Tensor, reference: Tensor) -> Tensor:
     )
 
 
+def kl_of_tokens(logs: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference || ours) of each token, nats, from log-probabilities [..., tokens, codes]."""
+    return (reference.exp() * (reference - logs)).sum(-1)
+
+
 def kl_nats(logs: list[Tensor], reference: list[Tensor]) -> float:
     """Mean over all tokens of KL(reference || ours), from log-probabilities per scale [..., tokens,
     codes].
     """
     total = sum(
-        float((theirs.exp() * (theirs - ours)).sum())
+        float(kl_of_tokens(ours, theirs).sum())
         for ours, theirs in zip(logs, reference, strict=True)
     )
     return total / sum(part[..., 0].numel() for part in reference)

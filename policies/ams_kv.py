@@ -54,7 +54,7 @@ class AMSKV:
     def allocate(self, problem: Problem) -> Allocation:
         schedule, budget = problem.schedule, problem.budget_tokens
         capacities = self.capacities(problem.geometry.layers, budget)
-        pinned = sum(schedule.tokens[:-1][: self.condensed])
+        pinned = schedule.first(self.condensed)
         if capacities.min() < pinned:
             raise ValueError(
                 f"budget {budget} gives a layer {capacities.min()} tokens, the first "
@@ -78,7 +78,7 @@ class AMSKV:
     def select(self, candidates: Candidates) -> Selection:
         schedule, positions = candidates.schedule, candidates.positions
         start, end = schedule.span(candidates.scale)
-        pinned = sum(schedule.tokens[: self.condensed])
+        pinned = schedule.first(self.condensed)
         is_pinned = (positions >= 0) & (positions < pinned)
         room = int(candidates.keep[0]) - int(is_pinned[0, 0].sum())
         ranks = positions.masked_fill(is_pinned, schedule.total)

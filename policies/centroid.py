@@ -29,8 +29,9 @@ from policies.scoring import (
     look,
     pick_queries,
     seen_scratch,
+    take,
 )
-from policies.scratch import Region, part_of, wide
+from policies.scratch import Region, lasting, part_of
 from policies.sketches import sketch, sketch_scratch, sketch_size
 
 _FAR = -1e30  # a product that no key reaches; finite, since its lowest bits become a number
@@ -51,8 +52,8 @@ class Centroid:
     window, the rest where that attention times the distance from the nearest seed is largest. Then
     every other candidate goes to its nearest seed. Where seeds are more than a key has channels,
     keys are compared by sketches: how far they go in the directions in which most of them differ, a
-    quarter as many. Two
-    matrix products, together of (candidates - first seeds) x budget x sketch for each lane.
+    quarter as many. Two matrix products, together of (candidates - first seeds) x budget x sketch
+    for each lane.
 
     What is folded is then fitted to what the window sees (kvruntime.step.refit), unless
     ``is_fitted`` is false.
@@ -176,8 +177,7 @@ def _moves(policy: Centroid, scale: int, layer: int, device: torch.device) -> Te
     """
     assert policy.query_means is not None
     before, after = policy.query_means[scale : scale + 2, layer]
-    with torch.inference_mode(False):  # it outlives a caller's inference_mode
-        return torch.from_numpy(after - before).to(device).unsqueeze(1)
+    return lasting((after - before)[:, None], device)
 
 
 def _block(lanes: int, kept: int, count: int) -> int:
@@ -227,11 +227,7 @@ def _compare(
 
 def _gather(sketches: Tensor, places: Tensor, name: str, scratch: Mapping[str, Tensor]) -> Tensor:
     """Sketches at places [lanes, n], in the region ``name``."""
-    out = part_of(scratch[name], *places.shape, sketches.shape[2])
-    source, target = wide(sketches, out)
-    lane = torch.arange(places.shape[0], device=places.device).unsqueeze(1)
-    torch.ops.aten.index.Tensor_out(source, [lane, places], out=target)
-    return out
+    return take(sketches, places, part_of(scratch[name], *places.shape, sketches.shape[2]))
 
 
 def _in_order(

@@ -24,9 +24,10 @@ from policies.scoring import (
     evenly_spread,
     take,
 )
-from policies.scratch import Region, part_of
+from policies.scratch import Region, lasting, part_of
 
 WINDOW = 32  # N_obs: queries that tokens are scored with
+FIRST_SCALES = 2  # that structural heads always keep
 _ABOVE = 2.0 * WINDOW  # any score
 _NEEDS = Needs(content=True, folds=True)
 
@@ -57,25 +58,15 @@ class Hack:
         if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"ratio must be in (0, 1], got {self.ratio}")
 
-    def kinds(self, layers: int, heads: int) -> NDArray[np.bool_]:
-        """Whether each head is contextual, [layers, heads]."""
-        kinds = np.zeros((layers, heads), dtype=bool)
-        if len(self.contextual) not in (0, layers):
-            raise ValueError(f"heads of {len(self.contextual)} layers, the model has {layers}")
-        for layer, mine in enumerate(self.contextual):
-            if any(not 0 <= head < heads for head in mine):
-                raise ValueError(f"a contextual head is not one of the {heads} of a layer")
-            kinds[layer, list(mine)] = True
-        return kinds
-
     def allocate(self, problem: Problem) -> Allocation:
         geometry, schedule, budget = problem.geometry, problem.schedule, problem.budget_tokens
-        kinds = self.kinds(geometry.layers, geometry.heads)
+        kinds = kinds_of(self.contextual, geometry.layers, geometry.heads)
         structural, contextual = budgets_by_kind(kinds, self.ratio, budget)
-        if structural <= _first_scales(schedule.tokens) or contextual <= 0:
+        first = schedule.first(FIRST_SCALES)
+        if structural <= first or contextual <= 0:
             raise ValueError(
                 f"budget {budget} gives structural heads {structural} tokens and contextual ones "
-                f"{contextual}: the first two scales alone are {_first_scales(schedule.tokens)}"
+                f"{contextual}: the first two scales alone are {first}"
             )
         most = np.where(kinds, contextual, structural)
         tokens = np.minimum(np.array(schedule.seen)[:, None, None], most).astype(np.int64)
@@ -91,18 +82,29 @@ class Hack:
 
     def select(self, candidates: Candidates) -> Selection:
         scores = window_scores(candidates)
-        kinds = self._kinds_of(candidates)
+        kinds = kinds_of_layer(self.contextual, candidates.layer, candidates.keep.size)
         favour_structure(scores, candidates, ~kinds)
         keep = best(scores, candidates.keep, candidates.scratch)
         is_last = candidates.scale + 2 == len(candidates.schedule)
         return Selection(keep, merge(candidates, keep, kinds & is_last))
 
-    def _kinds_of(self, candidates: Candidates) -> NDArray[np.bool_]:
-        """Whether each head of the layer is contextual, [heads]."""
-        kinds = np.zeros(candidates.keep.size, dtype=bool)
-        if self.contextual:
-            kinds[list(self.contextual[candidates.layer])] = True
-        return kinds
+
+def kinds_of(contextual: tuple[frozenset[int], ...], layers: int, heads: int) -> NDArray[np.bool_]:
+    """Whether each head is contextual, [layers, heads]; none is where nothing is said. Raises
+    ValueError for layers or heads that the model has not.
+    """
+    if len(contextual) not in (0, layers):
+        raise ValueError(f"heads of {len(contextual)} layers, the model has {layers}")
+    if any(not 0 <= head < heads for mine in contextual for head in mine):
+        raise ValueError(f"a contextual head is not one of the {heads} of a layer")
+    return np.stack([kinds_of_layer(contextual, layer, heads) for layer in range(layers)])
+
+
+def kinds_of_layer(
+    contextual: tuple[frozenset[int], ...], layer: int, heads: int
+) -> NDArray[np.bool_]:
+    """The same of one layer, [heads]."""
+    return np.isin(np.arange(heads), list(contextual[layer]) if contextual else [])
 
 
 def budgets_by_kind(kinds: NDArray[np.bool_], ratio: float, budget: int) -> tuple[int, int]:
@@ -117,10 +119,6 @@ def budgets_by_kind(kinds: NDArray[np.bool_], ratio: float, budget: int) -> tupl
     return structural, (total - structural * many) // few
 
 
-def _first_scales(tokens: tuple[int, ...]) -> int:
-    return sum(tokens[:-1][:2])
-
-
 def window_scores(candidates: Candidates) -> Tensor:
     """Attention from WINDOW queries that are spread evenly, as ``attention_received``."""
     fresh = candidates.queries.shape[1]
@@ -130,16 +128,15 @@ def window_scores(candidates: Candidates) -> Tensor:
 
 def favour_structure(scores: Tensor, candidates: Candidates, structural: NDArray[np.bool_]) -> None:
     """In these heads the first two scales before the newest one, and that before all others."""
-    above = _raised(tuple(structural.tolist()), scores.device)
+    above = which_heads(tuple(structural.tolist()), scores.device) * _ABOVE
     scores[:, :, candidates.cached :].add_(above)
-    scores[:, :, : _first_scales(candidates.schedule.tokens)].add_(above, alpha=2.0)
+    scores[:, :, : candidates.schedule.first(FIRST_SCALES)].add_(above, alpha=2.0)
 
 
 @lru_cache(maxsize=256)
-def _raised(structural: tuple[bool, ...], device: torch.device) -> Tensor:
-    """_ABOVE for these heads, 0 for the others, [heads, 1]."""
-    with torch.inference_mode(False):  # it outlives a caller's inference_mode
-        return torch.tensor(structural, device=device).unsqueeze(1) * _ABOVE
+def which_heads(heads: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Some heads of a layer, bool [heads, 1], on the device, copied there once."""
+    return lasting(np.array(heads)[:, None], device)
 
 
 def merge_scratch(sizes: StepSizes) -> list[Region]:
@@ -166,8 +163,7 @@ def merge(candidates: Candidates, keep: Tensor, merges: NDArray[np.bool_]) -> Te
     into = part_of(candidates.scratch["into"], rows, heads, count + 1).fill_(-1)
     if merges.any():
         _most_like(candidates, keep, into[:, :, :count])
-        alone = _raised(tuple((~merges).tolist()), into.device) > 0  # [heads, 1]
-        into.masked_fill_(alone, -1)
+        into.masked_fill_(which_heads(tuple((~merges).tolist()), into.device), -1)
         if candidates.log_weights is not None:
             into[:, :, :count].masked_fill_(candidates.log_weights.squeeze(2).isneginf(), -1)
     number = torch.arange(keep.shape[2], device=keep.device).expand_as(keep)
@@ -180,7 +176,7 @@ def _most_like(candidates: Candidates, keep: Tensor, into: Tensor) -> None:
     rows, heads, count, dim = keys.shape
     lanes, most = rows * heads, keep.shape[2]
     kept = part_of(scratch["kept_keys"], rows, heads, most, dim)
-    take(keys, keep.clamp(max=count - 1), kept)
+    take(keys.flatten(0, 1), keep.clamp(max=count - 1).flatten(0, 1), kept.flatten(0, 1))
     unit = part_of(scratch["unit_keys"], lanes, most, dim).copy_(kept.flatten(0, 1))
     norms = part_of(scratch["norms"], lanes, most, 1)
     torch.linalg.vector_norm(unit, dim=-1, keepdim=True, out=norms)

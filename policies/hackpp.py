@@ -15,10 +15,17 @@ from torch import Tensor
 
 from policies.base import Allocation, Candidates, Needs, Problem, Selection, StepSizes
 from policies.budgets import capped, proportional
-from policies.hack import WINDOW, contextual_heads, window_scores
+from policies.hack import (
+    WINDOW,
+    contextual_heads,
+    kinds_of,
+    kinds_of_layer,
+    which_heads,
+    window_scores,
+)
 from policies.profile import Profile
 from policies.scoring import attention_scratch, best, best_scratch, float32_blocks
-from policies.scratch import Region, part_of
+from policies.scratch import Region, lasting, part_of
 
 _NEEDS = Needs(content=True, planes=("scale",))
 
@@ -54,19 +61,12 @@ class HackPP:
         if self.pool <= 0 or self.pool % 2 == 0:
             raise ValueError(f"pool must be odd and positive, got {self.pool}")
 
-    def kinds(self) -> NDArray[np.bool_]:
-        """Whether each head is contextual, [layers, heads]."""
-        kinds = np.zeros(self.mass.shape[2:], dtype=bool)
-        for layer, mine in enumerate(self.contextual):
-            kinds[layer, list(mine)] = True
-        return kinds
-
     def reliance(self, problem: Problem) -> NDArray[np.float64]:
         """gamma, [scales, layers, heads]: over all later scales, the mean attention that a cached
         token gets; equal within a layer's heads of one kind. 0 after the last scale.
         """
         seen = np.array(problem.schedule.seen, dtype=np.float64)
-        scales, kinds = len(problem.schedule), self.kinds()
+        scales, kinds = len(problem.schedule), kinds_of(self.contextual, *self.mass.shape[2:])
         earlier = np.tril(np.ones((scales, scales)), -1)[:, :, None, None]
         per_token = (self.mass * earlier).sum(axis=1)
         per_token[1:] /= seen[:-1, None, None]
@@ -114,7 +114,10 @@ class HackPP:
     def _scores(self, candidates: Candidates) -> Tensor:
         """S of each candidate, [rows, heads, candidates]; -1 where there is none."""
         rows, heads, count, _ = candidates.keys.shape
-        scratch, kinds = candidates.scratch, self.kinds()[candidates.layer]
+        scratch, kinds = (
+            candidates.scratch,
+            kinds_of_layer(self.contextual, candidates.layer, heads),
+        )
         scores = window_scores(candidates)
         if self.pool > 1:
             scores.copy_(F.max_pool1d(scores, self.pool, 1, self.pool // 2))
@@ -129,7 +132,7 @@ class HackPP:
             self, candidates.schedule.tokens, candidates.scale, candidates.layer, scores.device
         )
         torch.gather(each.expand(rows, -1, -1), 2, sources, out=priors)
-        is_contextual = torch.from_numpy(kinds).to(scores.device).unsqueeze(1)
+        is_contextual = which_heads(tuple(kinds.tolist()), scores.device)
         torch.where(is_contextual, scores, norms.mul_(priors), out=scores)
         if candidates.log_weights is not None:
             scores.masked_fill_(candidates.log_weights.squeeze(2).isneginf(), -1.0)
@@ -142,8 +145,7 @@ def _priors(
 ) -> Tensor:
     """What a token of each source scale gets at this scale, float32 [1, heads, scales]."""
     each = policy.mass[scale, :, layer].T / np.array(tokens)
-    with torch.inference_mode(False):  # it outlives a caller's inference_mode
-        return torch.from_numpy(each.astype(np.float32)).to(device)[None]
+    return lasting(each.astype(np.float32)[None], device)
 
 
 def hackpp_from(profile: Profile | None, share: float = 0.5, tau: float = 0.5) -> HackPP:

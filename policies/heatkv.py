@@ -31,7 +31,7 @@ def heads_removed(
     0 while what is cached fits; else ceil(lanes (T_t - budget) / (T_t - R)) with T_t the tokens
     cached before t, R those of the first ``sinks`` scales, which stay (the released code's rule).
     """
-    protected = sum(schedule.tokens[:sinks])
+    protected = schedule.first(sinks)
     removed = np.zeros(len(schedule), dtype=np.int64)
     for target, cached in enumerate(schedule.seen[:-1], start=1):
         if cached > budget and cached > protected:
@@ -115,7 +115,7 @@ def sources_kept(
     Raises ValueError for orders of another model, and for a budget below the sinks.
     """
     scales, lanes = len(schedule), shape[0] * shape[1]
-    first = sum(schedule.tokens[:-1][:sinks])
+    first = schedule.first(sinks)
     if budget < first:
         raise ValueError(f"budget {budget} does not hold the {first} tokens of the sink scales")
     if len(orders) != max(0, scales - 1 - sinks):

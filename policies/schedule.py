@@ -71,6 +71,10 @@ class ScaleSchedule:
         """Tokens before the last scale: all that a later scale ever reads."""
         return self.total - self.tokens[-1]
 
+    def first(self, scales: int) -> int:
+        """Tokens of the first so many scales, the last one of all aside: nobody reads its own."""
+        return sum(self.tokens[:-1][:scales])
+
     def span(self, scale: int) -> tuple[int, int]:
         """First token of ``scale`` and the first one after it."""
         end = self.seen[scale]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from policies.base import Candidates, Seen, StepSizes
 from policies.schedule import Lengths
-from policies.scratch import Region, part_of, wide
+from policies.scratch import Region, lasting, part_of, wide
 
 BLOCK = 256  # tokens of a lane that are turned into float32 at a time
 
@@ -37,16 +37,13 @@ def patch_centres(size: tuple[int, ...], grid: int) -> NDArray[np.int64]:
 @lru_cache(maxsize=64)
 def centres_on(size: tuple[int, ...], grid: int, device: torch.device) -> Tensor:
     """patch_centres on the device, copied there once and not in every step."""
-    with torch.inference_mode(False):  # they outlive a caller's inference_mode
-        return torch.from_numpy(patch_centres(size, grid)).to(device)
+    return lasting(patch_centres(size, grid), device)
 
 
 @lru_cache(maxsize=256)
 def evenly_spread(count: int, among: int, device: torch.device) -> Tensor:
     """``count`` of the numbers 0..among - 1 at equal distances, int64, on the device."""
-    with torch.inference_mode(False):
-        places = ((2 * np.arange(count) + 1) * among) // (2 * count)
-        return torch.from_numpy(places).to(device)
+    return lasting(((2 * np.arange(count) + 1) * among) // (2 * count), device)
 
 
 def block_scratch(sizes: StepSizes) -> list[Region]:
@@ -223,17 +220,16 @@ def ascending(places: Tensor, count: int, scratch: Mapping[str, Tensor]) -> tupl
 
 
 def take(tokens: Tensor, places: Tensor, out: Tensor) -> Tensor:
-    """Tokens [rows, heads, n, width] at places [rows, heads, m] into out [rows, heads, m, width].
-    torch.gather would make a float32 copy of half numbers.
+    """Tokens [lanes, n, width] at places [lanes, m] into out [lanes, m, width]. torch.gather would
+    make a float32 copy of half numbers.
     """
-    source, target = wide(tokens.flatten(0, 1), out.flatten(0, 1))
-    lane = torch.arange(source.shape[0], device=places.device).unsqueeze(1)
-    torch.ops.aten.index.Tensor_out(source, [lane, places.flatten(0, 1)], out=target)
+    source, target = wide(tokens, out)
+    lane = torch.arange(places.shape[0], device=places.device).unsqueeze(1)
+    torch.ops.aten.index.Tensor_out(source, [lane, places], out=target)
     return out
 
 
 @lru_cache(maxsize=4096)
 def beyond(keep: tuple[int, ...], device: torch.device) -> Tensor:
     """Places of [heads, max(keep)] that a head does not use, bool, on the device."""
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.arange(max(keep)) >= np.array(keep)[:, None]).to(device)
+    return lasting(np.arange(max(keep)) >= np.array(keep)[:, None], device)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes; where regions begin
@@ -66,6 +68,12 @@ def lend(regions: Iterable[Region], device: torch.device) -> dict[str, Tensor]:
         for region in regions
         if not region.by_torch
     }
+
+
+def lasting(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    """Numbers as a tensor on the device, which outlives a caller's inference_mode."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(numbers).to(device)
 
 
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from policies.base import Candidates, StepSizes
 from policies.scoring import float32_blocks
-from policies.scratch import Region, part_of
+from policies.scratch import Region, lasting, part_of
 
 _SAMPLE = 256  # most candidates that tell in which directions keys differ
 
@@ -72,8 +72,7 @@ def sketch(candidates: Candidates) -> Tensor:
 def _random(head_dim: int, ways: int, device: torch.device) -> Tensor:
     """Normal numbers, always the same, [head_dim, ways]."""
     numbers = np.random.default_rng(0).standard_normal((head_dim, ways))
-    with torch.inference_mode(False):  # they outlive a caller's inference_mode
-        return torch.from_numpy(numbers.astype(np.float32)).to(device)
+    return lasting(numbers.astype(np.float32), device)
 
 
 def _sample(candidates: Candidates) -> tuple[Tensor, Tensor]:

@@ -257,14 +257,13 @@ def _formats(
     """Exact tokens, then records of 8 bits where those asked for have fewer, then these."""
     if records is None:
         return (PageFormat(None, page_size),)
-    formats = [PageFormat(None, exact)]
-    between = RecordFormat(8, records.groups)
-    stored = between.num_bytes(geometry.head_dim) if records.bits < 8 else page_bytes
-    if stored <= page_bytes // 2:
-        size = min(fitting_page_size(page_bytes // 2, stored, 4), MOST_QUANTISED_TOKENS)
-        if exact < size < page_size:
-            formats.append(PageFormat(between, size))
-    return (*formats, PageFormat(records, page_size))
+    first, last = PageFormat(None, exact), PageFormat(records, page_size)
+    half, between = page_bytes // 2, RecordFormat(8, records.groups)
+    if records.bits >= between.bits or between.num_bytes(geometry.head_dim) > half:
+        return first, last
+    size = fitting_page_size(half, between.num_bytes(geometry.head_dim), 4)
+    size = min(size, MOST_QUANTISED_TOKENS)
+    return (first, PageFormat(between, size), last) if exact < size < page_size else (first, last)
 
 
 def _stages(

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from policies import Candidates, Policy, Problem, Selection
+from policies.scratch import lasting
 
 Places = NDArray[np.int64]
 
@@ -57,8 +58,7 @@ class KnownStep:
         """What ``make()`` gives, as a tensor on the device; copied there once."""
         place = (device, name, *key)
         if place not in self.on_device:
-            with torch.inference_mode(False):
-                self.on_device[place] = torch.from_numpy(np.array(make())).to(device)
+            self.on_device[place] = lasting(np.array(make()), device)
         return self.on_device[place]
 
 

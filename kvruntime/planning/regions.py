@@ -219,7 +219,7 @@ def _refit(shape: StepShape) -> list[Region]:
         Region("solved", (lanes, least, dim), "float32"),
     ]
     if kept < queries:
-        regions.append(Region("wanted", (lanes, kept, dim), "float32"))
+        regions.append(Region("right", (lanes, kept, dim), "float32"))
     if shape.writes is not None or shape.dtype != "float32":
         regions.append(Region("read_back", (written, dim), "float32"))
     if shape.writes is not None:

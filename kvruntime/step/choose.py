@@ -65,7 +65,7 @@ def choose_attended(
     plan: Plan, step: Prepared, held: Held, q: Tensor, softmax_scale: float
 ) -> Held:
     """The candidates that the queries attend to, where the policy says which. Raises ValueError
-    for places that are not as promised.
+    for anything but as many places as are asked for.
     """
     policy, shape, base = plan.policy, step.shape, step.views.base
     if not isinstance(policy, Attending):
@@ -85,8 +85,9 @@ def choose_attended(
         torch.gather(every, 3, places.unsqueeze(2), out=log_weights)
     if unused is not None:
         log_weights.squeeze(2).masked_fill_(unused, -torch.inf)
-    keys = take(held.keys, places, base["attended_keys"])
-    values = take(held.values, places, base["attended_values"])
+    by_lane, keys, values = places.flatten(0, 1), base["attended_keys"], base["attended_values"]
+    for tokens, out in ((held.keys, keys), (held.values, values)):
+        take(tokens.flatten(0, 1), by_lane, out.flatten(0, 1))
     return Held(keys, values, log_weights)
 
 

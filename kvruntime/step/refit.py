@@ -39,7 +39,7 @@ def refit(step: Prepared, seen: Seen, keys: Tensor, log_weights: Tensor, values:
     under their normaliser, by 1 in all at most. Then values move, as little as a ridge lets them,
     to where the queries' outputs are as before. A log weight of -inf stays.
     """
-    scratch, wanted = step.views.commit, masses(step, seen)
+    scratch, members = step.views.commit, masses(step, seen)
     logits, weights = scratch["logits_kept"], scratch["attention_kept"]
     torch.bmm(seen.queries, keys.transpose(1, 2), out=logits)
     relative = torch.sub(logits, seen.normaliser, out=weights).exp_()
@@ -47,7 +47,7 @@ def refit(step: Prepared, seen: Seen, keys: Tensor, log_weights: Tensor, values:
     for _ in range(ROUNDS):
         torch.add(log_weights, moved, out=factor).exp_()
         torch.sum(relative, dim=1, out=got).mul_(factor).clamp_(min=_LEAST)
-        moved.add_(torch.div(wanted, got, out=factor).log_()).clamp_(-1.0, 1.0)
+        moved.add_(torch.div(members, got, out=factor).log_()).clamp_(-1.0, 1.0)
     log_weights.add_(moved)
     logits.add_(log_weights.unsqueeze(1))
     torch.softmax(logits, dim=-1, out=weights)
@@ -56,8 +56,8 @@ def refit(step: Prepared, seen: Seen, keys: Tensor, log_weights: Tensor, values:
         values.baddbmm_(weights.transpose(1, 2), _ridge(step, weights, gap, gap))
     else:
         turned = weights.transpose(1, 2)
-        wanted = torch.bmm(turned, gap, out=scratch["wanted"])
-        values.add_(_ridge(step, turned, wanted, wanted))
+        right = torch.bmm(turned, gap, out=scratch["right"])
+        values.add_(_ridge(step, turned, right, right))
 
 
 def _ridge(step: Prepared, weights: Tensor, right: Tensor, out: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def shift(step: Prepared, pages: Pages | None, ids: Tensor | None, k: Tensor, v:
             moved_planes = commits["moved_planes"].view(*slots.shape, -1)
             torch.ops.aten.index.Tensor_out(pages.planes, [slots, offset], out=moved_planes)
             by_lane = moved_planes.view(rows, shape.heads, shape.moved, -1)
-            _by_lane(step, "kept_planes")[:, :, : shape.moved] = by_lane
+            _kept_planes(step)[:, :, : shape.moved] = by_lane
         slots.mul_(shape.page_size).add_(offset)
         moved = commits["moved"].view(2, *slots.shape, -1)
         read(pages.keys, slots, moved[0])
@@ -43,16 +43,16 @@ def shift(step: Prepared, pages: Pages | None, ids: Tensor | None, k: Tensor, v:
             if shape.sources > shape.moved:
                 write(target, by_lane[:, :, shape.moved :], _fresh(step, fresh))
         if shape.planes:
-            _by_lane(step, "kept_planes")[:, :, shape.moved :] = _fresh_planes(step, k.device)
+            _kept_planes(step)[:, :, shape.moved :] = _fresh_planes(step, k.device)
             write_planes(step, new_pages)
 
     return write_kept
 
 
-def _by_lane(step: Prepared, name: str) -> Tensor:
-    """A region of what a shift writes, [rows, heads, sources, ...]."""
-    region = step.views.commit[name]
-    return region.view(step.shape.rows, step.shape.heads, step.shape.sources, -1)
+def _kept_planes(step: Prepared) -> Tensor:
+    """Planes of what a shift writes, [rows, heads, sources, planes]."""
+    kept = step.views.commit["kept_planes"]
+    return kept.view(step.shape.rows, step.shape.heads, step.shape.sources, -1)
 
 
 def _moved_places(step: Prepared, device: torch.device) -> tuple[Tensor, Tensor]:
