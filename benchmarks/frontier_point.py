@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -82,15 +83,12 @@ def _recorded(steps: dict[str, Tensor]) -> Iterator[None]:
         steps[f"step{len(steps)}"] = torch.stack(out)
         return out
 
-    SelfAttention.project = record  # type: ignore[method-assign]
-    try:
+    with patch.object(SelfAttention, "project", record):
         yield
-    finally:
-        SelfAttention.project = project  # type: ignore[method-assign]
 
 
 def _by_scale(tokens: Tensor) -> list[Tensor]:
-    return list(tokens.split(VAR_256.tokens, dim=1))  # type: ignore[no-untyped-call]
+    return list(torch.split(tokens, list(VAR_256.tokens), dim=1))
 
 
 def draw(point: Point, folder: Path, pictures: int, seed: int) -> dict[str, Any]:

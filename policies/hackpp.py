@@ -114,10 +114,8 @@ class HackPP:
     def _scores(self, candidates: Candidates) -> Tensor:
         """S of each candidate, [rows, heads, candidates]; -1 where there is none."""
         rows, heads, count, _ = candidates.keys.shape
-        scratch, kinds = (
-            candidates.scratch,
-            kinds_of_layer(self.contextual, candidates.layer, heads),
-        )
+        scratch = candidates.scratch
+        kinds = kinds_of_layer(self.contextual, candidates.layer, heads)
         scores = window_scores(candidates)
         if self.pool > 1:
             scores.copy_(F.max_pool1d(scores, self.pool, 1, self.pool // 2))
