@@ -111,24 +111,36 @@ def _frontier(
         Path | None, typer.Option(help="Keep what is done here, and go on from it.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw quality against bytes.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What the model computes in; shares stay those of bfloat16.")
+    ] = frontier.DTYPES[0],
     out: Out = None,
 ) -> None:
     """What bytes buy: every policy on the bundled model at 40 % down to 1 % of the bytes."""
     unknown = [name for name in policy or [] if name not in frontier.POLICIES]
     if unknown:
         _fail(f"{unknown[0]!r} is not one of {', '.join(frontier.POLICIES)}", BAD_INPUT)
+    if dtype not in frontier.DTYPES:
+        _fail(f"{dtype!r} is not one of {', '.join(frontier.DTYPES)}", BAD_INPUT)
     chosen = list(frontier.QUICK) if quick else frontier.points()
     chosen = [point for point in chosen if not policy or point.policy in policy]
     count = pictures or (frontier.QUICK_PICTURES if quick else frontier.PICTURES)
 
     def run(progress: Progress) -> Any:
         try:
-            return frontier.run(progress, chosen, count, seed, work)
+            return frontier.run(progress, chosen, count, seed, work, dtype)
         except ValueError as error:
             _fail(str(error), BAD_INPUT)
 
     results = _report(
-        "frontier", out, run, pictures=count, seed=seed, quick=quick, policies=policy or []
+        "frontier",
+        out,
+        run,
+        pictures=count,
+        seed=seed,
+        quick=quick,
+        policies=policy or [],
+        dtype=dtype,
     )
     if plot is not None:
         frontier_plot.save_plot(results, plot)

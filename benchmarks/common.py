@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
-from kvruntime import ScaleSchedule
+from kvruntime import CacheGeometry, ScaleSchedule
+from kvruntime.coding import Coding
 from kvruntime.device import versions
 from policies import TORCH_DTYPES, Profile
 
@@ -89,6 +90,13 @@ def _processor() -> str:
         return lines[0] if lines else platform.processor()
     except OSError:
         return platform.processor()
+
+
+def even_coding(geometry: CacheGeometry) -> Coding:
+    """A coding that takes channels as they come."""
+    shape = (2, geometry.layers, geometry.heads, geometry.head_dim)
+    turn = torch.eye(geometry.head_dim).expand(*shape, -1)
+    return Coding("even", turn, torch.zeros(shape))
 
 
 def even_profile(schedule: ScaleSchedule, layers: int, heads: int, head_dim: int) -> Profile:

@@ -22,7 +22,9 @@ from policies import POLICY_NAMES
 SEED = 30_000  # not one of the demo's, of calibration's or of those that anything was chosen by
 PICTURES, QUICK_PICTURES = 200, 24
 SHARES = ("10%", "2%", "4%", "1%", "20%", "40%")
-FORMATS = (None, "int4")
+FORMATS = (None, "int4", "coded3")
+CODED_TOO = ("scalekv", "centroid")  # the others in the first two formats
+DTYPES = ("bfloat16", "float32")
 OURS = ("centroid", "full")
 POLICIES = tuple(name for name in POLICY_NAMES if name != "full")
 QUICK = tuple(
@@ -33,18 +35,20 @@ QUICK = tuple(
         ("h2o", None, "10%"),
         ("centroid", None, "10%"),
         ("centroid", "int4", "10%"),
-        ("centroid", "int4", "2%"),
+        ("centroid", "coded3", "10%"),
+        ("centroid", "coded3", "2%"),
     )
 )
 
 
 def points(policies: tuple[str, ...] = POLICIES) -> list[Point]:
-    """Every policy at every share, exact and int4."""
+    """Every policy at every share and format."""
     return [
         Point(policy, kv_dtype, share)
         for share in SHARES
         for policy in policies
         for kv_dtype in FORMATS
+        if kv_dtype != "coded3" or policy in CODED_TOO
     ]
 
 
@@ -54,14 +58,16 @@ def run(
     pictures: int = PICTURES,
     seed: int = SEED,
     work: Path | None = None,
+    dtype: str = DTYPES[0],
 ) -> dict[str, Any]:
     """All of ``chosen`` over the same pictures, in as many processes as there are cores.
 
+    dtype: what the model computes in; shares stay those of bfloat16.
     work: a folder that keeps what is done, so that the next call goes on from there.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
-        settings = {"pictures": pictures, "seed": seed}
+        settings = {"pictures": pictures, "seed": seed, "dtype": dtype}
         _prepare(folder, settings)
         done = {point: _load(folder, point) for point in chosen}
         left = [point for point, result in done.items() if result is None]
@@ -81,7 +87,7 @@ def run(
     return results([result for result in done.values() if result is not None], pictures)
 
 
-def _prepare(folder: Path, settings: dict[str, int]) -> None:
+def _prepare(folder: Path, settings: dict[str, Any]) -> None:
     """The reference, unless the folder has it. Raises ValueError for one of other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "settings.json"

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 _BASELINES = ("random", "sliding_window", "streaming_llm")
+_STYLES = {None: "-", "int4": "--", "coded3": ":"}
 _TICKS = (1, 2, 4, 10, 20, 40)
 
 
@@ -25,7 +26,7 @@ def save_plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), constrained_layout=True)
     for axis, what in zip(axes, ("kl", "psnr_db"), strict=True):
         for policy in policies:
-            for kv_dtype in (None, "int4"):
+            for kv_dtype in _STYLES:
                 _line(axis, results, policy, kv_dtype, what, colours.get(policy, "0.65"))
         axis.set_xscale("log")
         axis.set_xticks(_TICKS, [f"{tick} %" for tick in _TICKS])
@@ -40,12 +41,12 @@ def save_plot(results: dict[str, Any], path: Path) -> None:
         for name in policies
     ]
     styles = [
-        Line2D([], [], color="0.3", ls=style, marker="o", ms=4, markerfacecolor=inside)
-        for style, inside in (("-", "0.3"), ("--", "white"))
+        Line2D([], [], color="0.3", ls=style, marker="o", ms=4, markerfacecolor=_inside(kv_dtype))
+        for kv_dtype, style in _STYLES.items()
     ]
     figure.legend(
         [*handles, *styles],
-        [*policies, "exact pages", "int4 pages"],
+        [*policies, *(f"{kv_dtype or 'exact'} pages" for kv_dtype in _STYLES)],
         loc="outside right center",
         frameon=False,
     )
@@ -55,6 +56,11 @@ def save_plot(results: dict[str, Any], path: Path) -> None:
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _inside(kv_dtype: str | None, colour: Any = "0.3") -> Any:
+    """What fills a marker: coded points are full like exact ones, on another line."""
+    return "white" if kv_dtype == "int4" else colour
 
 
 def _line(
@@ -77,11 +83,11 @@ def _line(
         shares,
         [value["mean"] for _, value in points],
         color=colour,
-        ls="--" if kv_dtype else "-",
+        ls=_STYLES[kv_dtype],
         lw=2.8 if ours else 1.2,
         marker="o",
         ms=6 if ours else 3.5,
-        markerfacecolor="white" if kv_dtype else colour,
+        markerfacecolor=_inside(kv_dtype, colour),
         zorder=3 if ours else 2,
     )
     if all(value["low"] is not None for _, value in points):

@@ -18,10 +18,12 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 import kvruntime
-from kvruntime.catalogue import VAR_256
+from kvruntime.catalogue import VAR_256, find_model
+from kvruntime.coding import Coding
 from kvruntime.quality import kl_of_tokens, psnr_db
 from kvruntime.reference import EmojiVAR, load_classes, load_model
 from kvruntime.reference.transformer import SelfAttention
+from policies import TORCH_DTYPES
 
 BATCH = 20  # pictures at a time
 STEP_PICTURES = 4  # whose queries, keys and values are kept, for the error of attention
@@ -54,9 +56,9 @@ def batches(pictures: int, seed: int) -> Iterator[tuple[slice, Tensor, int]]:
         yield part, labels[part], seed + start
 
 
-def make_reference(folder: Path, pictures: int, seed: int) -> None:
+def make_reference(folder: Path, pictures: int, seed: int, dtype: str) -> None:
     """Draw on the model's own cache and keep what points are compared with."""
-    model = load_model(torch.bfloat16)
+    model = load_model(TORCH_DTYPES[dtype])
     drawn, codes, logs = [], [], []
     steps: dict[str, Tensor] = {}
     for _, labels, first in batches(pictures, seed):
@@ -91,17 +93,15 @@ def _by_scale(tokens: Tensor) -> list[Tensor]:
     return list(torch.split(tokens, list(VAR_256.tokens), dim=1))
 
 
-def draw(point: Point, folder: Path, pictures: int, seed: int) -> dict[str, Any]:
+def draw(point: Point, folder: Path, pictures: int, seed: int, dtype: str) -> dict[str, Any]:
     """Figures of each picture, and of the point. What the policy refuses is said in "refused"."""
     torch.set_num_threads(1)
-    reference, model = load_file(folder / REFERENCE), load_model(torch.bfloat16)
-    options: dict[str, Any] = {"kv_dtype": point.kv_dtype}
+    reference, model = load_file(folder / REFERENCE), load_model(TORCH_DTYPES[dtype])
     found: dict[str, list[float]] = {"psnr": [], "ssim": [], "kl": []}
     seconds = 0.0
     with ExitStack() as stack:
         try:
-            cached = kvruntime.attach(model, point.policy, point.share, **options)
-            attached = stack.enter_context(cached)
+            attached = stack.enter_context(kvruntime.attach(model, **_options(point, dtype)))
         except (ValueError, kvruntime.WillNeverFit) as error:
             return asdict(point) | {"refused": str(error)}
         for part, labels, first in batches(pictures, seed):
@@ -117,14 +117,37 @@ def draw(point: Point, folder: Path, pictures: int, seed: int) -> dict[str, Any]
             found["kl"] += _divergence(model, labels, reference, part).tolist()
     held = stats.page_bytes * stats.peak_pages / stats.planned_pages
     return asdict(point) | {
-        "bytes_share": held / stats.history_bytes,
+        "bytes_share": held / stats.history_bytes * _counted(point, dtype),
         "tokens": stats.budget_tokens,
         "page_size": stats.page_size,
         "kv_start": stats.kv_start,
         "seconds_per_picture": seconds / pictures,
-        "attention_error": attention_error(point, reference),
+        "attention_error": attention_error(point, reference, dtype, model.coding),
         **found,
     }
+
+
+def _options(point: Point, dtype: str) -> dict[str, Any]:
+    """Policy, budget and pages for a model that computes in ``dtype``. In float32 records get half
+    the share, which are as many bytes, and exact pages the tokens that they would hold in bfloat16.
+    """
+    options: dict[str, Any] = {
+        "policy": point.policy,
+        "budget": point.share,
+        "kv_dtype": point.kv_dtype,
+    }
+    if dtype == "bfloat16":
+        return options
+    if point.kv_dtype is not None:
+        return options | {"budget": f"{float(point.share.rstrip('%')) / 2}%"}
+    known = find_model("emoji64").with_dtypes("bfloat16", "bfloat16")
+    plan = kvruntime.plan(known, 1, point.policy, point.share)
+    return options | {"budget": plan.budget_tokens, "page_size": plan.page_size}
+
+
+def _counted(point: Point, dtype: str) -> float:
+    """Bytes of the history in ``dtype`` over those that pages are measured by (``_options``)."""
+    return 2.0 if dtype == "float32" and point.kv_dtype is not None else 1.0
 
 
 def _divergence(
@@ -137,26 +160,26 @@ def _divergence(
     return kl_of_tokens(ours, reference["logs"][part]).mean(-1)
 
 
-def attention_error(point: Point, reference: dict[str, Tensor]) -> float:
+def attention_error(
+    point: Point, reference: dict[str, Tensor], dtype: str, coding: Coding | None
+) -> float:
     """How far attention is from that over the whole history where both get the queries, keys and
     values of the model's own cache: root of the mean square over that of the latter.
     """
     layers = sum(name.startswith("step") for name in reference) // len(VAR_256)
     steps = [reference[f"step{number}"] for number in range(len(VAR_256) * layers)]
     rows, _, heads, head_dim = steps[0][0].shape
-    geometry = kvruntime.CacheGeometry(layers, heads, head_dim, "bfloat16", "bfloat16")
+    geometry = kvruntime.CacheGeometry(layers, heads, head_dim, dtype, dtype)
     squares = torch.zeros(2, dtype=torch.float64)
+    whole = {"policy": "full", "budget": 1.0}
     caches = [
         kvruntime.PagedKVCache(
             geometry,
             VAR_256,
-            kvruntime.CacheOptions(policy=policy, budget=budget, kv_dtype=kv_dtype),
+            kvruntime.CacheOptions(**options, coding=coding),
             softmax_scale=1.0,
         ).open(rows)
-        for policy, budget, kv_dtype in (
-            (point.policy, point.share, point.kv_dtype),
-            ("full", 1.0, None),
-        )
+        for options in (_options(point, dtype), whole)
     ]
     for number, (q, k, v) in enumerate(steps):
         ours, wanted = (cache.attend(number % layers, q, k, v).double() for cache in caches)

@@ -13,11 +13,12 @@ from rich.progress import Progress
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.common import even_profile, random_steps
+from benchmarks.common import even_coding, even_profile, random_steps
 from benchmarks.ragged import RAGGED
 from kvruntime import CacheGeometry, CacheOptions, Generation, PagedKVCache, Policy, ScaleSchedule
 from policies import POLICY_NAMES, make_policy
 
+FORMATS = (None, "int4", "coded3")
 POLICIES = (*POLICY_NAMES, *(policy.name for policy in RAGGED))
 LEAST = 0.95  # of the planned bytes, that a generation needs; and never more than them
 SCOPE = "kvruntime"
@@ -47,8 +48,8 @@ TINY = Sizes(ScaleSchedule.of([1, 2, 4, 8, 12]), 2, 6, 4, 64, 0.4, ("bfloat16",)
 def run(
     progress: Progress | None, policies: tuple[str, ...] = (), sizes: Sizes | None = None
 ) -> list[dict[str, Any]]:
-    """Measured against planned bytes: every policy and the ragged ones, exact and int4 pages, all
-    rows at once and one at a time. policies: names of some; none are all.
+    """Measured against planned bytes: every policy and the ragged ones, in all FORMATS, all rows
+    at once and one at a time. policies: names of some; none are all.
     """
     sizes = sizes or FULL
     profile = even_profile(sizes.schedule, sizes.layers, sizes.heads, sizes.head_dim)
@@ -59,7 +60,7 @@ def run(
         (policy, dtype, kv_dtype, chunks)
         for policy in chosen
         for dtype in sizes.dtypes
-        for kv_dtype in (None, "int4")
+        for kv_dtype in FORMATS
         for chunks in (1, sizes.rows)
     ]
     bar = progress.add_task("measuring", total=len(cases)) if progress else None
@@ -83,6 +84,7 @@ def measure(
             policy=policy,
             budget=sizes.budget,
             kv_dtype=kv_dtype,
+            coding=even_coding(geometry),
             workspace=1 if chunks > 1 else 2**40,
         ),
         softmax_scale=sizes.head_dim**-0.5,

@@ -32,7 +32,7 @@ class PagedKVCache:
     softmax_scale: factor on q . k; head_dim ** -0.5 for plain attention, 1 for cosine attention,
     whose queries carry their own scale. There is no default: a wrong one draws wrong pictures
     without a word.
-    observer: sees every step's queries and keys (step.run.Observer).
+    observer: sees every step's queries, keys and values (step.run.Observer).
     own: what the model's own cache would hold, for ``baseline_bytes``, where its number formats are
     others (autocast leaves K in float32 beside V in bfloat16).
 
@@ -72,6 +72,7 @@ class PagedKVCache:
         self.geometry, self.schedule = geometry, schedule
         self.options = options or CacheOptions()
         self._softmax_scale = check_softmax_scale(softmax_scale)
+        self._coding = self.options.coding_for(geometry)
         self._policy, self._profile_note = choose_policy(self.options, geometry, schedule)
         self._pool, self._own = pool, own
         self._device = real_device(device) if pool is None else pool.device
@@ -154,7 +155,9 @@ class PagedKVCache:
         pool, on_close = self._pool, None
         if pool is None:
             pool, on_close = self._own_pool(plan), self._take_back
-        runner = Runner(plan, pool, self._backend, self._softmax_scale, self._observer)
+        runner = Runner(
+            plan, pool, self._backend, self._softmax_scale, self._observer, self._coding
+        )
         return Generation(runner, self._workspaces, self.facts, on_close)
 
     def _own_pool(self, plan: Plan) -> Pool:

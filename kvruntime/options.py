@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from kvruntime.catalogue import profile_names
+from kvruntime.coding import Coding, load_coding
 from kvruntime.sizes import check_positive, parse_bytes, parse_share
-from kvruntime.storage.layout import RecordFormat
-from policies import Policy, Profile, load_profile, preset_names
+from kvruntime.storage.layout import CodedFormat, Records, records_named
+from policies import CacheGeometry, Policy, Profile, load_profile, preset_names
 
 BACKENDS = ("auto", "sdpa", "xformers")
 PAGED_QUERIES = 256  # not measured yet: no GPU in our tests; `python -m benchmarks gpu` tells
@@ -53,8 +54,10 @@ class CacheOptions:
     page_size: tokens in a page; by default 16 for histories below 1024 tokens, else 64, and for
         a budget in bytes whichever fits most tokens.
     kv_dtype, kv_groups, kv_start: int2, int4 or int8 pages with 1, 2, 4 or 8 groups of step size
-        and shift, from that scale on; by default from where exact ones would take more. None:
-        exact pages.
+        and shift, or transform-coded pages, coded2, coded3 or coded4, from that scale on; by
+        default from where exact ones would take more. None: exact pages.
+    coding: what transform-coded pages need to know of the model (calibrate_coding), a file or an
+        object; None: attach() takes ``model.coding``, which the bundled model has.
     backend, paged_queries: auto, sdpa or xformers, and up to how many queries of a scale xformers
         reads pages.
     memory: most bytes that a generation's pages and workspace may take, a number or "20GiB".
@@ -71,6 +74,7 @@ class CacheOptions:
     kv_dtype: str | None = None
     kv_groups: int = 1
     kv_start: int | None = None
+    coding: Coding | str | Path | None = None
     backend: str = "auto"
     paged_queries: int = PAGED_QUERIES
     memory: int | str | None = None
@@ -108,20 +112,38 @@ class CacheOptions:
             raise ValueError(f"paged_queries must be a number of queries, got {paged!r}")
         if isinstance(self.profile, str | Path):
             object.__setattr__(self, "profile", _read_profile(self.profile))
+        if isinstance(self.coding, str | Path):
+            object.__setattr__(self, "coding", load_coding(self.coding))
+        elif self.coding is not None and not isinstance(self.coding, Coding):
+            raise ValueError(f"coding must be a file or a Coding, got {self.coding!r}")
 
     @property
     def is_shared_by_rows(self) -> bool:
         """Whether the budget is one of a generation, so that more rows have fewer tokens each."""
         return isinstance(self.budget, str) and parse_share(self.budget) is None
 
+    def coding_for(self, geometry: CacheGeometry) -> Coding | None:
+        """What pages of this model are coded with; None where they are not. Raises ValueError
+        where that is missing, or of another model.
+        """
+        if not isinstance(self.records, CodedFormat):
+            return None
+        if not isinstance(self.coding, Coding):
+            raise ValueError(
+                f"kv_dtype {self.kv_dtype} needs to know the model: give coding=, which "
+                "calibrate_coding() measures"
+            )
+        self.coding.check(geometry)
+        return self.coding
+
     @property
-    def records(self) -> RecordFormat | None:
+    def records(self) -> Records | None:
         """The format of kv_dtype and kv_groups; None for exact pages."""
         if self.kv_dtype is None:
             if self.kv_groups != 1:
                 raise ValueError(f"kv_groups {self.kv_groups} goes with a kv_dtype")
             return None
-        return RecordFormat.named(self.kv_dtype, self.kv_groups)
+        return records_named(self.kv_dtype, self.kv_groups)
 
 
 def _check_policy(policy: str | Policy, profile: object) -> None:

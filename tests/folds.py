@@ -2,6 +2,9 @@
 
 import torch
 
+from kvruntime.storage.layout import CodedFormat
+from tests.codecs import coded
+
 
 def evenly_spread(count, among):
     count = min(count, among)
@@ -26,9 +29,12 @@ def fit(queries, tokens, bias, members, log_counts, values, keys):
     return values + torch.linalg.solve(normal, weights.t() @ gap), log_counts + moved
 
 
-def rounding_bounds(tokens, records, dtype, error=1e-5):
+def rounding_bounds(tokens, records, dtype, transforms=None, error=1e-5):
     bounds = error * (1 + tokens.abs())
-    if records is not None:
+    if isinstance(records, CodedFormat):
+        stored, slack = coded(tokens, records, transforms, bounds)
+        bounds = bounds + (stored - tokens).abs() + slack
+    elif records is not None:
         grouped = tokens.unflatten(-1, (records.groups, -1))
         step = (grouped.amax(-1) - grouped.amin(-1)) / (2**records.bits - 1)
         rounding = 2.0**-11 * (grouped.abs().amax(-1) + 2**records.bits * step)

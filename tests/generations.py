@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from kvruntime import CacheOptions, PagedKVCache
 from kvruntime.planning.shapes import Kind
+from kvruntime.storage.layout import CODED
 from policies import CacheGeometry
-from tests.lanes import Dense, check_attention, check_contents
+from tests.codecs import coding_of
+from tests.contents import check_attention, check_contents
+from tests.lanes import Dense
 from tests.support import Spy, policies, schedules
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 5e-3}
@@ -50,7 +53,9 @@ class Case:
 
 NO_OPTIONS = st.just({})
 formats = st.tuples(
-    st.sampled_from([None, "int2", "int4", "int8"]), st.sampled_from([1, 2, 4]), st.booleans()
+    st.sampled_from([None, "int2", "int4", "int8", "coded2", "coded3"]),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
 )
 
 
@@ -71,12 +76,17 @@ def cases(
     head_dim, page_size = draw(st.sampled_from(head_dims)), draw(st.sampled_from(page_sizes))
     if kv_dtype is not None:
         head_dim = max(head_dim, 32)
-        options |= {"kv_dtype": kv_dtype, "kv_groups": groups}
+        options["kv_dtype"] = kv_dtype
+        if kv_dtype.startswith("int"):
+            options["kv_groups"] = groups
         if from_the_start:
             options["kv_start"] = draw(st.integers(0, len(schedule) - 1))
         page_size = max(page_size, draw(st.sampled_from([8, 16, 32, 48])))
+    geometry = CacheGeometry(layers, heads, head_dim, dtype, dtype)
+    if kv_dtype in CODED:
+        options["coding"] = coding_of(geometry)
     case = Case(
-        CacheGeometry(layers, heads, head_dim, dtype, dtype),
+        geometry,
         schedule,
         Spy(draw(policies(layers, heads, schedule))),
         draw(st.one_of(st.just(page_size), st.integers(1, max(1, schedule.history + 2)))),

@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import torch
 
+from kvruntime.storage.layout import CodedFormat
 from kvruntime.storage.records import dequantize, quantize
+from tests.codecs import coded, transforms_of
 from tests.folds import fit, rounding_bounds
-from tests.support import dense_attention
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Lane:
             tokens=self.tokens[:, places],
             planes=self.planes[places],
             numbers=self.numbers[places],
+            bounds=None if self.bounds is None else self.bounds[:, places],
         )
 
 
@@ -110,11 +112,15 @@ class Dense:
         asked = after.any() and (drops or policy.needs.every_scale)
         folds = asked and policy.needs.folds
         if records is not None and not folds:
-            self.change(lambda r, h, lane: rounded(lane, records, before[h] if stays else 0))
+            self.change(
+                lambda r, h, lane: rounded(
+                    lane, records, before[h] if stays else 0, self.transforms(layer, h)
+                )
+            )
         if not after.any():
             self.change(lambda r, h, lane: lane.take([]))
         elif asked and policy.needs.content:
-            self._choose(after, before, records, folds)
+            self._choose(after, before, records, folds, layer)
         elif drops:
             self._choose_by_number(scale, after)
         assert (self.lengths == after).all(), f"scale {scale}, layer {layer}: {self.lengths}"
@@ -147,7 +153,7 @@ class Dense:
 
         self.change(kept)
 
-    def _choose(self, after, before, records, folds):
+    def _choose(self, after, before, records, folds, layer):
         """The recorded choices of this step, by chunk of rows."""
         chosen = self.case.policy.chosen
         assert chosen and all((choice.keep == after).all() for choice in chosen)
@@ -180,7 +186,7 @@ class Dense:
         def folded(r, h, lane):
             mine, places = into[r, h, there(h, into)], own(h, keep[r, h, : after[h]])
             queries = None if seen is None else seen[r, h]
-            return self._fold(lane, places, mine, records, queries)
+            return self._fold(lane, places, mine, records, queries, self.transforms(layer, h))
 
         self.change(folded)
 
@@ -189,7 +195,7 @@ class Dense:
         planes[:, self.plan.planes.index("score")] = scores.double()
         return replace(lane, planes=planes)
 
-    def _fold(self, lane, places, into, records, queries):
+    def _fold(self, lane, places, into, records, queries, transforms):
         """Weighted means in float64, and how far float32 and the storage may be off them."""
         count, names = places.numel(), self.plan.planes
         weights = torch.ones(into.numel(), dtype=torch.float64)
@@ -211,90 +217,40 @@ class Dense:
             fitted = partial(
                 fit, some, lane.tokens.double(), bias, shares > 0, counts.log(), tokens[1]
             )
-        bounds = rounding_bounds(tokens, records, lane.tokens.dtype)
+        bounds = rounding_bounds(tokens, records, lane.tokens.dtype, transforms)
         return Lane(tokens, planes, lane.numbers[places], bounds, fitted)
 
+    def transforms(self, layer, head):
+        coding = self.case.options.get("coding")
+        return None if coding is None else transforms_of(coding, layer, head)
 
-def as_fitted(lane, keys, plan, records):
+
+def as_fitted(lane, keys, plan, records, transforms):
     """The lane with V and log weights for the keys that are stored."""
     values, log_weights = lane.fitted(keys)
     planes = lane.planes.clone()
     planes[:, plan.planes.index("log_weight")] = log_weights
     tokens = torch.stack((lane.tokens[0], values))
     dtype = getattr(torch, plan.geometry.key_dtype)
-    bounds = rounding_bounds(tokens, records, dtype, error=1e-3)
+    bounds = rounding_bounds(tokens, records, dtype, transforms, error=1e-3)
     bounds[0] = lane.bounds[0]
     return replace(lane, tokens=tokens, planes=planes, bounds=bounds)
 
 
-def rounded(lane, records, first):
+def rounded(lane, records, first, transforms):
     """What is stored now for the first time in this format, from token ``first`` on, loses
     precision; what was stored before does not change again.
     """
     if lane.tokens.shape[1] == first:
         return lane
-    new = lane.tokens[:, first:]
+    new, dtype = lane.tokens[:, first:], lane.tokens.dtype
+    if isinstance(records, CodedFormat):
+        stored, slack = coded(new, records, transforms, torch.zeros_like(new))
+        old = lane.tokens[:, :first].double()  # turned back in other products, also of old records
+        tokens, slack = torch.cat((old, stored), 1), torch.cat((1e-5 * (1 + old.abs()), slack), 1)
+        bounds = slack + torch.finfo(dtype).eps * (tokens.abs() + slack)
+        return replace(lane, tokens=tokens.to(dtype), bounds=bounds)
     into = torch.empty_like(new)
     words = quantize(new.flatten(0, 1), records).unflatten(0, new.shape[:2])
     dequantize(words, records, into)
     return replace(lane, tokens=torch.cat((lane.tokens[:, :first], into), 1))
-
-
-def check_attention(dense, q, out, tolerance, where, attended=None):
-    """``out`` is attention over all that the lanes hold, or over ``attended(row, head)`` of it."""
-    for r, row in enumerate(dense.lanes):
-        for h, lane in enumerate(row):
-            if attended is not None:
-                lane = lane.take(attended(r, h))
-            names, bias = dense.plan.planes, None
-            if "log_weight" in names:
-                bias = lane.planes[:, names.index("log_weight")]
-            wanted = dense_attention(q[r, :, h], *lane.tokens, dense.case.softmax_scale, bias)
-            error = (out[r, :, h].double() - wanted).abs().max()
-            assert error < tolerance, f"{where}: {error}"
-
-
-def stored(generation, scale, layer, row, head):
-    """A lane's tokens [2, n, head_dim] and planes [n, planes], as its pages hold them."""
-    plan, table = generation.plan, generation._tables[layer]
-    pages = generation._runner.pages(scale, layer)
-    length, count = int(table.lengths[row, head]), int(table.num_pages[row, head])
-    ids = torch.from_numpy(table.pages[row, head, :count].astype(np.int64))
-    held = torch.stack([part[ids].flatten(0, 1)[:length] for part in (pages.keys, pages.values)])
-    if pages.records is not None:
-        dtype = getattr(torch, plan.geometry.key_dtype)
-        numbers = torch.empty(2, length, plan.geometry.head_dim, dtype=dtype)
-        dequantize(held, pages.records, numbers)
-        held = numbers
-    planes = torch.zeros(length, 0)
-    if pages.planes is not None:
-        planes = pages.planes[ids][:, : pages.page_size].flatten(0, 1)[:length]
-    return held, planes.double()
-
-
-def check_contents(generation, scale, layer, dense):
-    """Every lane holds what it should: bit for bit, and in any order where token numbers decide;
-    means, which are rounded on their way, within their bounds. Those are what counts from now on.
-    """
-    in_order = dense.case.policy.needs.content
-
-    def same(r, h, lane):
-        held, planes = stored(generation, scale, layer, r, h)
-        if lane.bounds is None and not in_order:
-            flat, wanted = (
-                torch.cat((*part, numbers), 1).tolist()
-                for part, numbers in ((held.double(), planes), (lane.tokens.double(), lane.planes))
-            )
-            assert sorted(flat) == sorted(wanted)
-            return lane
-        if lane.fitted is not None:
-            records = dense.plan.format_after(scale, layer).records
-            lane = as_fitted(lane, held[0].double(), dense.plan, records)
-        if lane.bounds is None:
-            assert torch.equal(held, lane.tokens)
-        else:
-            assert ((held.double() - lane.tokens).abs() <= lane.bounds).all()
-        assert ((planes - lane.planes).abs() <= 1e-3 * (1 + lane.planes.abs())).all()
-        return Lane(held, planes, lane.numbers)
-
-    dense.change(same)

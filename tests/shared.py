@@ -6,6 +6,7 @@ import torch
 
 from kvruntime import Pool
 from policies import AMSKV, CacheGeometry, Centroid, ScaleSchedule, SlidingWindow
+from tests.codecs import coding_of
 from tests.generations import Case, fresh
 from tests.support import RandomFold, RandomPolicy
 
@@ -19,6 +20,7 @@ def case_of(policy, geometry, page_size, budget=4, workspace=2**28, schedule=SCH
     )
 
 
+CODED = (2, 2, 32, "bfloat16", "bfloat16")
 CASES = {
     "exact": lambda: case_of(SlidingWindow(), (2, 1, 8, "float32", "float32"), 3),
     "ragged": lambda: case_of(RandomPolicy(4), (2, 2, 8, "bfloat16", "bfloat16"), 5, workspace=1),
@@ -27,6 +29,9 @@ CASES = {
         RandomPolicy(9), (2, 2, 32, "float16", "float16"), 4, kv_dtype="int4", kv_start=1
     ),
     "centroid": lambda: case_of(Centroid(1), (2, 2, 8, "float32", "float32"), 4, 3),
+    "coded": lambda: case_of(
+        RandomFold(8), CODED, 4, kv_dtype="coded3", coding=coding_of(CacheGeometry(*CODED))
+    ),
     "fold": lambda: case_of(
         RandomFold(6), (1, 3, 32, "float32", "float32"), 2, kv_dtype="int8", workspace=1
     ),

@@ -20,11 +20,12 @@ from kvruntime.adapters.infinity import INFINITY
 from kvruntime.adapters.parity import Parity, Shadow, siblings_watched
 from kvruntime.adapters.patching import patches_of, replaced
 from kvruntime.adapters.var import VAR
+from kvruntime.coding import Coding
 from kvruntime.errors import UnsupportedModel
 from kvruntime.options import CacheOptions
 from kvruntime.step.run import Observer
 from kvruntime.storage.pool import Pool
-from policies import Policy
+from policies import CacheGeometry, Policy
 
 _KNOWN = ((VAR, var.missing), (INFINITY, infinity.missing), (EMOJI, emoji.missing))
 _CHECKED_SCALES = 4
@@ -72,10 +73,11 @@ def attach(
     once for each description and class of attention.
     key_dtype: "float32" keeps and computes everything in that; None: as the model's attention
     would, V's format, under autocast autocast's.
-    pool: shared with other caches; None: one of its own. observer: sees every step's queries and
-    keys.
-    options: profile, page_size, kv_dtype, kv_groups, kv_start, backend, paged_queries, memory,
-    workspace, as in CacheOptions.
+    pool: shared with other caches; None: one of its own. observer: sees every step's queries,
+    keys and values.
+    options: profile, page_size, kv_dtype, kv_groups, kv_start, coding, backend, paged_queries,
+    memory, workspace, provenance, as in CacheOptions. coding: None: ``model.coding``, if it has
+    one.
 
     Yields an Attachment with ``stats``. On exit the model is as it was, also after an exception.
     Raises UnsupportedModel, EmbeddingError, or ValueError for arguments that cannot work, before
@@ -84,7 +86,10 @@ def attach(
     if observer is not None and not callable(observer):
         raise ValueError(f"observer must be a function, got {observer!r}")
     view = view_of(model, embedding)
+    if options.get("coding") is None and isinstance(getattr(model, "coding", None), Coding):
+        options["coding"] = model.coding
     chosen = CacheOptions(policy=policy, budget=budget, **options)
+    chosen.coding_for(CacheGeometry(len(view.attentions), view.heads, view.head_dim))
     caches = Caches(view, chosen, pool, observer, _dtype(key_dtype))
     shadow = None
     checked = _checked.setdefault(view.embedding, set())

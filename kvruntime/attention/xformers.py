@@ -25,7 +25,7 @@ from kvruntime.attention.operators import (
     with_bias,
 )
 from kvruntime.planning.demand import Plan
-from kvruntime.storage.layout import RecordFormat
+from kvruntime.storage.layout import RecordFormat, Records
 from kvruntime.storage.pages import Pages, flat
 from kvruntime.storage.records import quantize
 
@@ -58,10 +58,10 @@ class XFormers:
     def reads_pages(self, pages: Pages, num_queries: int, is_ragged: bool) -> bool:
         num_pages, page_size, width = pages.keys.shape
         apart = pages.keys.stride(1) * pages.keys.element_size()
-        head_dim = (
-            (width - pages.records.groups) * 32 // pages.records.bits if pages.records else width
-        )
-        if unreadable(page_size, apart, head_dim, pages.records):
+        head_dim, records = width, pages.records
+        if isinstance(records, RecordFormat):
+            head_dim = (width - records.groups) * 32 // records.bits
+        if unreadable(page_size, apart, head_dim, records):
             return False
         if num_pages * page_size >= _MOST_SLOTS:
             return False
@@ -86,7 +86,7 @@ class XFormers:
     ) -> Tensor:
         rows, n, heads, head_dim = q.shape
         pages = cached.pages
-        groups = pages.records.groups if pages.records else 1
+        groups = pages.records.groups if isinstance(pages.records, RecordFormat) else 1
         op = paged_operator(block_of(pages.page_size), groups, cached.weighted)
         if cached.weighted:
             op = with_bias(op, _page_bias(cached))
@@ -116,9 +116,7 @@ def _page_bias(cached: Lanes) -> Tensor:
     return log_weights[cached.tables].flatten(1).float()
 
 
-def unreadable(
-    page_size: int, token_bytes: int, head_dim: int, records: RecordFormat | None
-) -> str:
+def unreadable(page_size: int, token_bytes: int, head_dim: int, records: Records | None) -> str:
     """Why the kernel cannot read pages of such a format; empty if it can. token_bytes: from one
     token to the next.
     """
@@ -126,7 +124,7 @@ def unreadable(
         return f"pages of {page_size} tokens, not a multiple of {BLOCKS[-1]}"
     if records is None:
         return "" if token_bytes % 16 == 0 else f"tokens {token_bytes} bytes apart"
-    if records.bits != 4:
+    if not isinstance(records, RecordFormat) or records.bits != 4:
         return f"{records.name} pages"
     group = head_dim // records.groups
     return "" if group >= _LEAST_GROUP else f"groups of {group} values, at least {_LEAST_GROUP}"
@@ -165,7 +163,7 @@ def operators(device: torch.device) -> dict[str, list[str]]:
 
 @functools.cache
 def _broken(
-    device: torch.device, dtype: torch.dtype, head_dim: int, records: RecordFormat | None
+    device: torch.device, dtype: torch.dtype, head_dim: int, records: Records | None
 ) -> list[str]:
     """What goes wrong when the kernels run once on next to nothing: a version of triton that does
     not fit is known by its compiler, not by its number.
@@ -173,7 +171,7 @@ def _broken(
     tokens = torch.zeros(1, 16, 1, head_dim, dtype=dtype, device=device)
     ints = torch.zeros(1, 1, dtype=torch.int64, device=device)
     kinds = [Pages(tokens[:, :, 0], tokens[:, :, 0], None, None)]
-    if records is not None and not unreadable(16, 0, head_dim, records):
+    if isinstance(records, RecordFormat) and not unreadable(16, 0, head_dim, records):
         stored = quantize(tokens[0, :, 0], records).unsqueeze(0)
         kinds.append(Pages(stored, stored, None, records))
     try:

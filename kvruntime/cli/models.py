@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kvruntime.adapters import check
-from kvruntime.calibration import calibrate
+from kvruntime.calibration import calibrate, calibrate_coding
 from kvruntime.catalogue import ASPECT_RATIOS, RESOLUTIONS, infinity_schedule
 from kvruntime.cli.common import JSON, exit_codes, print_json
 from kvruntime.models import BUILDERS, Built, build
@@ -67,6 +67,10 @@ def check_command(
 def calibrate_command(
     model: Name,
     out: Annotated[Path, typer.Option(help="The profile that is written, JSON.")],
+    coding: Annotated[
+        Path | None,
+        typer.Option(help="Draw them again, and write what transform-coded pages need."),
+    ] = None,
     pictures: Annotated[int, typer.Option(help="How many are drawn.")] = 16,
     batch: Annotated[int, typer.Option(help="How many at once.")] = 4,
     repo: Repo = None,
@@ -82,11 +86,12 @@ def calibrate_command(
     with exit_codes():
         check_positive("pictures", pictures)
         check_positive("batch", batch)
-        if out.is_dir() or not out.absolute().parent.is_dir():
-            raise ValueError(f"{out} cannot be written")  # before anything is drawn
+        for path in (out, coding):
+            if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+                raise ValueError(f"{path} cannot be written")  # before anything is drawn
         built, settings = _built(model, repo, weights, device, dtype, resolution, aspect, stand_ins)
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("drawing", total=pictures)
+            bar = progress.add_task("drawing", total=pictures * (2 if coding else 1))
 
             def draw() -> None:
                 for first in range(0, pictures, batch):
@@ -95,9 +100,12 @@ def calibrate_command(
                     progress.advance(bar, count)
 
             profile = calibrate(built.model, draw, pictures, model)
-        profile.save(out)
+            profile.save(out)
+            if coding:
+                calibrate_coding(built.model, draw, model).save(coding)
         if as_json:
-            print_json({"model": model, "pictures": pictures, "profile": str(out)})
+            written = {"profile": str(out), "coding": str(coding) if coding else None}
+            print_json({"model": model, "pictures": pictures, **written})
             return
         Console().print(
             f"{out}: statistics of {profile.layers} layers at {len(profile.sizes)} scales, for "

@@ -15,7 +15,7 @@ from kvruntime.planning.positions import Positions
 from kvruntime.planning.regions import StepRegions, declare, output_bytes
 from kvruntime.planning.shapes import Kind, StepShape
 from kvruntime.sizes import largest, rows_by_scale
-from kvruntime.storage.layout import PLANE_BYTES, PageFormat, PageLayout, RecordFormat, stored_bytes
+from kvruntime.storage.layout import PLANE_BYTES, PageFormat, PageLayout, Records, stored_bytes
 from policies import CacheGeometry, Lengths, Policy, ScaleSchedule
 
 WORKSPACE_LIMIT = 2**30  # bytes; one row may exceed it, more rows may not
@@ -65,7 +65,7 @@ class Plan:
         return self.rows_by_scale[0]
 
     @property
-    def records(self) -> RecordFormat | None:
+    def records(self) -> Records | None:
         """The coarsest format; None where all pages are exact."""
         return self.formats[-1].records
 

@@ -6,20 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvruntime.errors import WillNeverFit
 from kvruntime.options import CacheOptions
 from kvruntime.planning.baseline import history_bytes
 from kvruntime.planning.demand import WORKSPACE_LIMIT, Plan
+from kvruntime.planning.formats import formats_of, rounding, stages_of
 from kvruntime.planning.positions import Positions
 from kvruntime.sizes import largest, parse_bytes, parse_share, rows_by_scale
 from kvruntime.storage.layout import (
     MOST_QUANTISED_TOKENS,
     PLANE_BYTES,
-    PageFormat,
     PageLayout,
-    RecordFormat,
+    Records,
     exact_page_size,
     exact_unit_bytes,
     fitting_page_size,
@@ -35,6 +34,9 @@ from policies import (
     ScaleSchedule,
     check_allocation,
 )
+
+# of the most that any page size holds: those that hold so many are judged by what they round
+ENOUGH_TOKENS = 0.95
 
 
 def default_page_size(schedule: ScaleSchedule) -> int:
@@ -106,8 +108,17 @@ def make_plan(
             f"{policy.name} keeps up to {least.tokens.max()} tokens of a lane at the least, in "
             f"pages of {least.page_size}: raise the budget, or ask for a kv_dtype or smaller pages",
         )
-    best = max(fitting, key=lambda plan: (plan.budget_tokens, -plan.stage.sum(), plan.page_size))
-    return replace(best, rows_by_scale=planned, own=own)
+    return replace(_best_of(fitting), rows_by_scale=planned, own=own)
+
+
+def _best_of(plans: list[Plan]) -> Plan:
+    """Of those with nearly the most tokens the one that rounds least."""
+    enough = ENOUGH_TOKENS * max(plan.budget_tokens for plan in plans)
+
+    def merit(plan: Plan) -> tuple[float, ...]:
+        return -rounding(plan.formats, plan.stage), plan.budget_tokens, plan.page_size
+
+    return max((plan for plan in plans if plan.budget_tokens >= enough), key=merit)
 
 
 def _page_sizes(
@@ -129,7 +140,7 @@ def _page_sizes(
     return [size for size in sizes if _holds_exact_tokens(geometry, options, size)]
 
 
-def _in_pages(geometry: CacheGeometry, records: RecordFormat | None, page_bytes: int) -> int:
+def _in_pages(geometry: CacheGeometry, records: Records | None, page_bytes: int) -> int:
     """Tokens of a pool's pages, once they are quantised (if they ever are)."""
     stored, unit = (
         stored_bytes(geometry, records) // 2,
@@ -144,7 +155,7 @@ def _in_pages(geometry: CacheGeometry, records: RecordFormat | None, page_bytes:
 
 
 def _exact_in_pages(
-    geometry: CacheGeometry, records: RecordFormat | None, page_size: int, page_bytes: int
+    geometry: CacheGeometry, records: Records | None, page_size: int, page_bytes: int
 ) -> int:
     """Exact tokens in a pool's pages that hold ``page_size`` tokens in the end. Raises ValueError
     where one or the other does not fit.
@@ -217,8 +228,8 @@ def _build(
     else:  # a single scale caches nothing, whatever the budget
         shape = (len(schedule), geometry.layers, geometry.heads)
         allocation = Allocation(np.zeros(shape, dtype=np.int64))
-    formats = _formats(geometry, records, page_size, exact, page_bytes)
-    stage = _stages(allocation, options, formats)
+    formats = formats_of(geometry, records, page_size, exact, page_bytes)
+    stage = stages_of(allocation, options, formats)
     wanted = {*policy.needs.planes, *(ORIGIN if options.provenance else ())}
     planes = tuple(plane for plane in PLANES if plane in wanted)
     needed = max(each.page_size for each in formats) * PLANE_BYTES * len(planes)
@@ -245,47 +256,3 @@ def _build(
         positions=Positions(policy, problem, allocation.tokens, stage),
         attended=allocation.attended,
     )
-
-
-def _formats(
-    geometry: CacheGeometry,
-    records: RecordFormat | None,
-    page_size: int,
-    exact: int,
-    page_bytes: int,
-) -> tuple[PageFormat, ...]:
-    """Exact tokens, then records of 8 bits where those asked for have fewer, then these."""
-    if records is None:
-        return (PageFormat(None, page_size),)
-    first, last = PageFormat(None, exact), PageFormat(records, page_size)
-    half, between = page_bytes // 2, RecordFormat(8, records.groups)
-    if records.bits >= between.bits or between.num_bytes(geometry.head_dim) > half:
-        return first, last
-    size = fitting_page_size(half, between.num_bytes(geometry.head_dim), 4)
-    size = min(size, MOST_QUANTISED_TOKENS)
-    return (first, PageFormat(between, size), last) if exact < size < page_size else (first, last)
-
-
-def _stages(
-    allocation: Allocation, options: CacheOptions, formats: tuple[PageFormat, ...]
-) -> NDArray[np.int64]:
-    """Which format a layer has after each scale, int64 [scales, layers].
-
-    From kv_start on the last one, if that is given; else as the policy says; else after each scale
-    the first one in which all that is kept takes no more pages than the last one ever does: until
-    then a coarser one gains nothing.
-    """
-    scales, layers = allocation.tokens.shape[:2]
-    start, last = options.kv_start, len(formats) - 1
-    if start is not None and not 0 <= start < scales:
-        raise ValueError(f"kv_start must be a scale in 0..{scales - 1}, got {start}")
-    if start is not None:
-        return np.repeat(np.where(np.arange(scales) < start, 0, last)[:, None], layers, axis=1)
-    if last and allocation.quantised is not None:
-        return np.where(allocation.quantised, last, 0)
-    pages = np.array(
-        [(-(-allocation.tokens // each.page_size)).sum(axis=(1, 2)) for each in formats]
-    )
-    fits = pages <= pages[-1].max()
-    stage = np.maximum.accumulate(np.argmax(fits, axis=0))
-    return np.repeat(stage[:, None], layers, axis=1)

@@ -10,11 +10,14 @@ import math
 from dataclasses import dataclass
 
 from kvruntime.planning.shapes import Kind, StepShape
+from kvruntime.storage.coding import coding_scratch, lanes_scratch
+from kvruntime.storage.layout import CodedFormat, RecordFormat, Records
 from kvruntime.storage.records import dequantize_scratch, quantize_scratch
 from policies import DTYPE_BYTES, Policy, Region, held_bytes, torch_bytes
 from policies.scoring import BLOCK
 
 READ_TOKENS = 1024  # of a lane, turned back from records at a time
+CODED_TOKENS = 256  # the same of transform-coded ones, which take more room meanwhile
 WRAPPED_BYTES = 64  # numbers that torch makes tensors of, a few at a time
 
 
@@ -97,17 +100,26 @@ def _base(shape: StepShape) -> list[Region]:
     return regions
 
 
+def pages_read(records: Records, page_size: int) -> int:
+    """Pages of a lane that are turned back from records at a time, at most."""
+    tokens = CODED_TOKENS if isinstance(records, CodedFormat) else READ_TOKENS
+    return max(1, tokens // page_size)
+
+
 def _read(shape: StepShape) -> list[Region]:
     rows, heads, lanes = shape.rows, shape.heads, shape.rows * shape.heads
     regions: list[Region] = []
     if not shape.gathers or not shape.cached:
         return regions
     if shape.reads is not None:
-        pages = min(shape.table, max(1, READ_TOKENS // shape.page_size))
+        pages = min(shape.table, pages_read(shape.reads, shape.page_size))
         tokens = pages * shape.page_size
         words = shape.reads.words(shape.head_dim)
         regions.append(Region("records", (lanes, tokens, words), "int32"))
-        regions += dequantize_scratch(lanes, tokens, shape.head_dim, shape.dtype, shape.reads)
+        if isinstance(shape.reads, CodedFormat):
+            regions += lanes_scratch(lanes * min(tokens, shape.cached), shape.head_dim)
+        else:
+            regions += dequantize_scratch(lanes, tokens, shape.head_dim, shape.dtype, shape.reads)
     if shape.weighted or shape.gathers_planes:
         room = (rows, heads, shape.table, shape.page_size, len(shape.planes))
         regions.append(Region("page_planes", room, "float16"))
@@ -141,7 +153,7 @@ def _commit(shape: StepShape) -> list[Region]:
             regions.append(Region("staged", (added, shape.head_dim), shape.dtype))
         if shape.writes:
             regions.append(Region("encoded", (added, width), "int32"))
-            regions += quantize_scratch(added, shape.head_dim, shape.writes)
+            regions += _encode(shape, added)
         return regions
     if not shape.is_even:
         regions.append(Region("spread", (rows, shape.heads, shape.kept), "int64"))
@@ -149,8 +161,16 @@ def _commit(shape: StepShape) -> list[Region]:
     regions += _fold(shape) if shape.kind is Kind.FOLD else _keep(shape)
     if shape.writes:
         regions.append(Region("encoded", (written, width), "int32"))
-        regions += quantize_scratch(written, shape.head_dim, shape.writes)
+        regions += _encode(shape, written)
     return regions
+
+
+def _encode(shape: StepShape, tokens: int) -> list[Region]:
+    """Of steps that write records of so many tokens over all lanes, beside the records."""
+    assert shape.writes is not None
+    if isinstance(shape.writes, CodedFormat):
+        return coding_scratch(shape.rows * shape.heads, tokens, shape.head_dim)
+    return quantize_scratch(tokens, shape.head_dim, shape.writes)
 
 
 def _keep(shape: StepShape) -> list[Region]:
@@ -223,7 +243,8 @@ def _refit(shape: StepShape) -> list[Region]:
     if shape.writes is not None or shape.dtype != "float32":
         regions.append(Region("read_back", (written, dim), "float32"))
     if shape.writes is not None:
-        regions += dequantize_scratch(1, written, dim, "float32", shape.writes)
+        if isinstance(shape.writes, RecordFormat):  # a coding turns back in what it codes in
+            regions += dequantize_scratch(1, written, dim, "float32", shape.writes)
         if shape.dtype != "float32":
             regions.append(Region("rounded", (written, dim), shape.dtype))
     return regions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from kvruntime.storage.layout import RecordFormat
+from kvruntime.storage.layout import Records
 from policies import StepSizes
 
 
@@ -36,10 +36,10 @@ class StepShape(StepSizes):
     kind: Kind
     table: int
     page_size: int
-    reads: RecordFormat | None
+    reads: Records | None
     new_table: int
     new_page_size: int
-    writes: RecordFormat | None
+    writes: Records | None
     written: int
     sources: int
     moved: int

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from kvruntime.coding import load_coding
 from kvruntime.reference.transformer import EmojiVAR
 from policies import load_profile
 
@@ -59,6 +60,8 @@ def load_model(dtype: torch.dtype = torch.float32, folder: Path = FOLDER) -> Emo
     model.load_state_dict(weights)
     profile = folder / "profile.json"
     model.profile = load_profile(profile) if profile.exists() else None
+    coding = folder / "coding.safetensors"
+    model.coding = load_coding(coding) if coding.exists() else None
     return model.to(dtype).eval()
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvruntime.coding import Coding
 from kvruntime.reference.tokenizer import LATENT_CHANNELS, NUM_CODES, PATCH_SIDES, Tokenizer
 from policies import Profile
 
@@ -104,6 +105,7 @@ class EmojiVAR(nn.Module):
         super().__init__()
         self.num_classes, self.width = num_classes, width
         self.profile: Profile | None = None  # statistics for policies, set by load_model()
+        self.coding: Coding | None = None  # for transform-coded pages, set by load_model()
         self.tokenizer = Tokenizer()
         self.class_embedding = nn.Embedding(num_classes + 1, width)  # the last one: no class
         self.start = nn.Parameter(torch.randn(width) * 0.3)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from allocator import BlockTable
 from kvruntime.planning.shapes import Kind
+from kvruntime.step.encode import encode
 from kvruntime.step.prepare import Prepared
+from kvruntime.storage.coding import VALUES
 from kvruntime.storage.pages import Pages, write
 from kvruntime.storage.pool import Pool
-from kvruntime.storage.records import quantize
 from kvruntime.storage.transfer import upload
 
 Write = Callable[[Pages, Tensor], None]
@@ -103,18 +104,18 @@ def pack_plane(step: Prepared, plane: str, numbers: Tensor) -> None:
     kept[:, :, step.shape.planes.index(plane)] = flat
 
 
-def write_numbers(step: Prepared, target: Tensor, slots: Tensor, numbers: Tensor) -> None:
-    """Write float32 numbers [rows, written, head_dim] as the pages ``target`` store tokens."""
+def write_numbers(step: Prepared, part: int, pages: Pages, slots: Tensor, numbers: Tensor) -> None:
+    """Write float32 numbers [rows, written, head_dim] as the pages store tokens. part: KEYS or
+    VALUES.
+    """
     shape, commits = step.shape, step.views.commit
     if shape.writes is not None:
-        flat = numbers.view(-1, shape.head_dim)
-        encoded = quantize(flat, shape.writes, commits["encoded"], commits)
-        stored = encoded.view(shape.rows, shape.written, -1)
+        stored = encode(step, part, numbers)
     elif shape.dtype == "float32":
         stored = numbers
     else:
         stored = commits["staged"].view_as(numbers).copy_(numbers)
-    write(target, slots, stored)
+    write(pages.values if part == VALUES else pages.keys, slots, stored)
 
 
 def write_planes(step: Prepared, pages: Pages) -> None:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from kvruntime.step.commit import Write, pack_plane, used, write_numbers, write_planes
+from kvruntime.step.encode import read_back
 from kvruntime.step.prepare import Prepared
 from kvruntime.step.read import Held
 from kvruntime.step.refit import refit
+from kvruntime.storage.coding import KEYS, VALUES
 from kvruntime.storage.pages import Pages
-from kvruntime.storage.records import dequantize
 from policies import Selection
 from policies.scoring import BLOCK
 from policies.scratch import part_of
@@ -30,12 +31,12 @@ def fold(step: Prepared, held: Held, selection: Selection) -> Write:
     def write_kept(pages: Pages, slots: Tensor) -> None:
         means, log_weights = _means(step, held.keys), commits["log_counts"]
         numbers = _used_only(step, means)
-        write_numbers(step, pages.keys, slots, numbers)
+        write_numbers(step, KEYS, pages, slots, numbers)
         keys = _as_stored(step, numbers) if seen else None
         values = _means(step, held.values)
         if seen is not None and keys is not None:
             refit(step, seen, keys, log_weights, values)
-        write_numbers(step, pages.values, slots, _used_only(step, values))
+        write_numbers(step, VALUES, pages, slots, _used_only(step, values))
         if shape.planes:
             _pack_planes(step, held, log_weights)
             write_planes(step, pages)
@@ -105,8 +106,7 @@ def _as_stored(step: Prepared, numbers: Tensor) -> Tensor:
     """
     shape, commits = step.shape, step.views.commit
     if shape.writes is not None:
-        by_head = commits["encoded"].unsqueeze(0)
-        dequantize(by_head, shape.writes, commits["read_back"].unsqueeze(0), commits)
+        read_back(step, KEYS, commits["read_back"].view_as(numbers))
         if shape.dtype != "float32":
             commits["read_back"].copy_(commits["rounded"].copy_(commits["read_back"]))
     elif shape.dtype != "float32":

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kvruntime.step.commit import Write, used, write_planes
+from kvruntime.step.encode import encode
 from kvruntime.step.prepare import Prepared
 from kvruntime.step.read import Held
 from kvruntime.storage.pages import Pages, read, write
-from kvruntime.storage.records import quantize
 from policies import Selection
 from policies.scratch import wide
 
@@ -35,18 +35,17 @@ def keep(
 
     def write_kept(new_pages: Pages, slots: Tensor) -> None:
         bases = step.views.base["keys"], step.views.base["values"]
-        for index, (target, base) in enumerate(
+        for part, (target, base) in enumerate(
             zip((new_pages.keys, new_pages.values), bases, strict=True)
         ):
             source, into = wide(base, staged)
             torch.ops.aten.index.Tensor_out(source.flatten(0, 2), [at], out=into)
             stored = staged
             if shape.writes is not None:
-                encoded = quantize(commits["staged"], shape.writes, commits["encoded"], commits)
-                stored = encoded.view(shape.rows, shape.written, -1)
+                stored = encode(step, part, staged)
                 if old is not None:
                     was_cached = commits["was_cached"].unsqueeze(-1)
-                    torch.where(was_cached, old[index], stored, out=stored)
+                    torch.where(was_cached, old[part], stored, out=stored)
             write(target, slots, stored)
         if shape.planes:
             write_planes(step, new_pages)

@@ -13,6 +13,7 @@ from kvruntime.planning.demand import Plan
 from kvruntime.planning.positions import KnownStep
 from kvruntime.planning.shapes import Kind, StepShape
 from kvruntime.planning.workspace import StepViews, Workspace
+from kvruntime.storage.coding import Transform
 from kvruntime.storage.pool import Pool
 
 
@@ -24,6 +25,7 @@ class Prepared:
     ids: pages that hold the cached tokens, int32 [rows, heads, table].
     before, after: tokens of each head, [heads].
     change: what becomes of the pages.
+    transforms: of K and V where pages are transform-coded.
     """
 
     scale: int
@@ -37,6 +39,7 @@ class Prepared:
     before: NDArray[np.int64]
     after: NDArray[np.int64]
     change: Change
+    transforms: tuple[Transform, Transform] | None
 
 
 def prepare(
@@ -47,6 +50,7 @@ def prepare(
     layer: int,
     rows: slice,
     workspace: Workspace,
+    transforms: tuple[Transform, Transform] | None = None,
 ) -> Prepared:
     """Work the step out for these rows. Whole arrays only; O(pages of the rows)."""
     shape = plan.shape(scale, layer, rows.stop - rows.start)
@@ -73,6 +77,7 @@ def prepare(
         before=before,
         after=after,
         change=change,
+        transforms=transforms,
     )
 
 

@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvruntime.planning.regions import READ_TOKENS
+from kvruntime.planning.regions import pages_read
 from kvruntime.step.prepare import Prepared
+from kvruntime.storage.coding import KEYS, VALUES
+from kvruntime.storage.layout import CodedFormat, Records
 from kvruntime.storage.pages import Pages
 from kvruntime.storage.records import dequantize
 from policies.scratch import part_of, wide
@@ -46,11 +48,11 @@ def read_held(
     shape, base, count = step.shape, step.views.base, step.shape.candidates
     keys, values, log_weights = base["keys"], base["values"], None
     if pages is not None and ids is not None:
-        for stored, into in ((pages.keys, keys), (pages.values, values)):
+        for part, stored, into in ((KEYS, pages.keys, keys), (VALUES, pages.values, values)):
             if pages.records is None:
                 gather(stored, ids, into)
             else:
-                _gather_records(step, pages, stored, ids, into)
+                _gather_records(step, part, pages.records, stored, ids, into)
         if shape.has_bias:
             log_weights = base["log_weights"].zero_()
         if shape.weighted or shape.gathers_planes:
@@ -61,8 +63,8 @@ def read_held(
         hide = hidden(step, keys.device)
         assert log_weights is not None
         log_weights[:, :, 0, : shape.cached].masked_fill_(hide, -torch.inf)
-        for part in (keys, values):  # stale bits may be NaN, and 0 x NaN is NaN
-            part[:, :, : shape.cached].masked_fill_(hide.unsqueeze(-1), 0.0)
+        for into in (keys, values):  # stale bits may be NaN, and 0 x NaN is NaN
+            into[:, :, : shape.cached].masked_fill_(hide.unsqueeze(-1), 0.0)
         if shape.gathers_planes:
             base["planes"][:, :, : shape.cached].masked_fill_(hide.unsqueeze(-1), 0.0)
     planes = None
@@ -87,22 +89,25 @@ def gather(stored: Tensor, ids: Tensor, into: Tensor) -> None:
 
 
 def _gather_records(
-    step: Prepared, pages: Pages, stored: Tensor, ids: Tensor, into: Tensor
+    step: Prepared, part: int, records: Records, stored: Tensor, ids: Tensor, into: Tensor
 ) -> None:
     """The same for records, which become numbers again, a slice of every lane at a time."""
-    assert pages.records is not None
     rows, heads, table = ids.shape
-    scratch, size, cached = step.views.read, pages.page_size, step.shape.cached
-    lanes, count = into.flatten(0, 1), max(1, READ_TOKENS // size)
+    scratch, size, cached = step.views.read, stored.shape[1], step.shape.cached
+    count = pages_read(records, size)
     for first in range(0, table, count):
         some = ids[:, :, first : first + count]
         shape = (rows, heads, some.shape[2], size, stored.shape[2])
-        records = part_of(scratch["records"], *shape)
-        torch.ops.aten.index.Tensor_out(stored, [some], out=records)
+        gathered = part_of(scratch["records"], *shape)
+        torch.ops.aten.index.Tensor_out(stored, [some], out=gathered)
         start = first * size
         end = min(cached, start + some.shape[2] * size)
-        by_lane = records.view(rows * heads, -1, stored.shape[2])[:, : end - start]
-        dequantize(by_lane, pages.records, lanes[:, start:end], scratch)
+        by_lane, target = gathered.flatten(2, 3)[:, :, : end - start], into[:, :, start:end]
+        if isinstance(records, CodedFormat):
+            assert step.transforms is not None, "PagedKVCache asks for a coding"
+            step.transforms[part].decode_lanes(by_lane, records, target, scratch)
+        else:
+            dequantize(by_lane.flatten(0, 1), records, target.flatten(0, 1), scratch)
 
 
 def _gather_planes(step: Prepared, pages: Pages, ids: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from allocator import BlockTable
 from kvruntime.attention.base import Backend, Lanes
+from kvruntime.coding import Coding
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.shapes import Kind
 from kvruntime.planning.workspace import Workspace
@@ -27,10 +28,10 @@ from kvruntime.storage.pool import Pool
 from kvruntime.storage.transfer import upload
 from policies import Selection
 
-Observer = Callable[[int, int, int, Tensor, Tensor], None]
+Observer = Callable[[int, int, int, Tensor, Tensor, Tensor], None]
 """Called after each step's attention with scale, layer, first row, queries [rows, n, heads,
-head_dim] and keys [rows, heads, cached + n, head_dim], once for each chunk of rows. Keys are a view
-of the workspace: copy what you keep."""
+head_dim], keys and values [rows, heads, cached + n, head_dim], once for each chunk of rows. These
+two are views of the workspace: copy what you keep."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +43,7 @@ class Runner:
     backend: Backend
     softmax_scale: float
     observer: Observer | None
+    coding: Coding | None = None
 
     def pages(self, scale: int, layer: int) -> Pages:
         """The pool's pages as this layer has them after this scale."""
@@ -74,7 +76,9 @@ def run_step(
     themselves; then their lanes hold what the plan says. Without q nobody attends, nor observes.
     """
     plan, pool = runner.plan, runner.pool
-    step = prepare(plan, pool, table, scale, layer, rows, workspace)
+    coding = runner.coding
+    transforms = coding.layer(layer, pool.device) if coding else None
+    step = prepare(plan, pool, table, scale, layer, rows, workspace, transforms)
 
     pages = runner.pages(scale - 1, layer) if step.shape.cached else None
     ids = None
@@ -97,7 +101,7 @@ def run_step(
             seen = choose_attended(plan, step, held, q, runner.softmax_scale)
         out = _attend(runner, step, q, k, v, seen, pages, ids, from_pages)
         if runner.observer is not None:
-            runner.observer(scale, layer, rows.start, q, held.keys)
+            runner.observer(scale, layer, rows.start, q, held.keys, held.values)
 
     selection = None
     if step.shape.kind in (Kind.CHOOSE, Kind.FOLD):

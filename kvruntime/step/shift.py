@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kvruntime.step.commit import Write, write_planes
+from kvruntime.step.encode import encode
 from kvruntime.step.prepare import Prepared
 from kvruntime.step.read import plane_numbers
 from kvruntime.storage.pages import Pages, read, write
-from kvruntime.storage.records import quantize
 
 
 def shift(step: Prepared, pages: Pages | None, ids: Tensor | None, k: Tensor, v: Tensor) -> Write:
@@ -36,12 +36,12 @@ def shift(step: Prepared, pages: Pages | None, ids: Tensor | None, k: Tensor, v:
 
     def write_kept(new_pages: Pages, slots: Tensor) -> None:
         by_lane = slots.view(rows, shape.heads, -1)
-        for index, (target, fresh) in enumerate(((new_pages.keys, k), (new_pages.values, v))):
+        for part, (target, fresh) in enumerate(((new_pages.keys, k), (new_pages.values, v))):
             if moved is not None:
-                part = moved[index].view(rows, shape.heads, shape.moved, -1)
-                write(target, by_lane[:, :, : shape.moved], part)
+                old = moved[part].view(rows, shape.heads, shape.moved, -1)
+                write(target, by_lane[:, :, : shape.moved], old)
             if shape.sources > shape.moved:
-                write(target, by_lane[:, :, shape.moved :], _fresh(step, fresh))
+                write(target, by_lane[:, :, shape.moved :], _fresh(step, part, fresh))
         if shape.planes:
             _kept_planes(step)[:, :, shape.moved :] = _fresh_planes(step, k.device)
             write_planes(step, new_pages)
@@ -79,7 +79,7 @@ def _fresh_planes(step: Prepared, device: torch.device) -> Tensor:
     return step.known.constant(device, "shifted planes", lambda: plane_numbers(step)[sources])
 
 
-def _fresh(step: Prepared, fresh: Tensor) -> Tensor:
+def _fresh(step: Prepared, part: int, fresh: Tensor) -> Tensor:
     """The tokens of the new scale that a shift keeps, as they are stored: [rows, heads, m,
     width].
     """
@@ -100,5 +100,4 @@ def _fresh(step: Prepared, fresh: Tensor) -> Tensor:
         torch.ops.aten.index.Tensor_out(tokens, [None, None, which], out=staged)
     if shape.writes is None:
         return staged
-    encoded = quantize(commits["staged"], shape.writes, commits["encoded"], commits)
-    return encoded.view(*lanes, -1)
+    return encode(step, part, staged.flatten(1, 2)).view(*lanes, -1)

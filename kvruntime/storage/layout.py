@@ -1,4 +1,4 @@
-"""How a page's bytes are read: tokens as the model makes them, or quantised records."""
+"""How a page's bytes are read: tokens as the model makes them, or records."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from policies import DTYPE_BYTES, CacheGeometry
 
 KV_DTYPES = {"int2": 2, "int4": 4, "int8": 8}  # bits
 GROUPS = (1, 2, 4, 8)
+CODED = {"coded2": 2, "coded3": 3, "coded4": 4}  # bits of a number, on average
+CODED_BITS = (8, 6, 5, 4, 3, 2)  # of all there are; the finer ones stand between
 PLANE_BYTES = 2  # a number of a plane is a float16
 MOST_QUANTISED_TOKENS = 1024  # in a page
+PAGED_TOKENS = 16  # of which the paged kernel reads multiples
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +30,14 @@ class RecordFormat:
         if isinstance(self.groups, bool) or self.groups not in GROUPS:
             raise ValueError(f"kv_groups must be one of {GROUPS}, got {self.groups!r}")
 
-    @classmethod
-    def named(cls, kv_dtype: str, groups: int) -> RecordFormat:
-        """The format of ``kv_dtype``: int2, int4 or int8. Raises ValueError for another name."""
-        if not isinstance(kv_dtype, str) or kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
-        return cls(KV_DTYPES[kv_dtype], groups)
-
     @property
     def name(self) -> str:
         return f"int{self.bits}"
+
+    @property
+    def finer(self) -> tuple[RecordFormat, ...]:
+        """Formats between exact tokens and this one, the finest first."""
+        return (RecordFormat(8, self.groups),) if self.bits < 8 else ()
 
     def words(self, head_dim: int) -> int:
         """int32 numbers in a record. Raises ValueError unless every group fills whole ones."""
@@ -54,12 +55,62 @@ class RecordFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class CodedFormat:
+    """A transform-coded token (storage.coding): how many bits a number has on average."""
+
+    bits: int
+
+    @property
+    def name(self) -> str:
+        return f"coded{self.bits}"
+
+    @property
+    def groups(self) -> None:
+        """It has none."""
+        return None
+
+    @property
+    def finer(self) -> tuple[CodedFormat, ...]:
+        """Formats between exact tokens and this one, the finest first."""
+        return tuple(CodedFormat(bits) for bits in CODED_BITS if bits > self.bits)
+
+    def words(self, head_dim: int) -> int:
+        """int32 numbers in a record. Raises ValueError for a head dimension it cannot have."""
+        if head_dim % 32:
+            raise ValueError(
+                f"{self.name} needs a head dimension that is a multiple of 32, got {head_dim}"
+            )
+        return head_dim * self.bits // 32
+
+    def num_bytes(self, head_dim: int) -> int:
+        """Bytes of a record of one token's K or V."""
+        return 4 * self.words(head_dim)
+
+
+Records = RecordFormat | CodedFormat
+
+
+def records_named(kv_dtype: str, groups: int) -> Records:
+    """The format of that name. Raises ValueError for a name that there is not, and for groups of
+    a format that has none.
+    """
+    names = (*KV_DTYPES, *CODED)
+    if not isinstance(kv_dtype, str) or kv_dtype not in names:
+        raise ValueError(f"kv_dtype {kv_dtype!r} is not one of {', '.join(names)}")
+    if kv_dtype in KV_DTYPES:
+        return RecordFormat(KV_DTYPES[kv_dtype], groups)
+    if groups != 1:
+        raise ValueError(f"kv_groups {groups} goes with {', '.join(KV_DTYPES)}, not {kv_dtype}")
+    return CodedFormat(CODED[kv_dtype])
+
+
+@dataclass(frozen=True, slots=True)
 class PageFormat:
     """What the pages of a cache hold at some time: tokens as they are (records None), or records;
     page_size of them in a page.
     """
 
-    records: RecordFormat | None
+    records: Records | None
     page_size: int
 
 
@@ -78,7 +129,7 @@ class PageLayout:
     half_bytes: int
     head_dim: int
     dtype: str
-    records: RecordFormat | None = None
+    records: Records | None = None
     planes: int = 0
 
     def __post_init__(self) -> None:
@@ -116,7 +167,7 @@ class PageLayout:
         return self.half_bytes // self.page_size
 
 
-def stored_bytes(geometry: CacheGeometry, records: RecordFormat | None) -> int:
+def stored_bytes(geometry: CacheGeometry, records: Records | None) -> int:
     """Bytes of a token of one lane in a page, K and V, once it is quantised (if it ever is)."""
     return 2 * records.num_bytes(geometry.head_dim) if records else geometry.token_bytes
 
@@ -126,7 +177,7 @@ def exact_unit_bytes(geometry: CacheGeometry) -> int:
     return max(DTYPE_BYTES[geometry.key_dtype], DTYPE_BYTES[geometry.value_dtype])
 
 
-def exact_page_size(geometry: CacheGeometry, records: RecordFormat | None, page_size: int) -> int:
+def exact_page_size(geometry: CacheGeometry, records: Records | None, page_size: int) -> int:
     """Exact tokens that fit the bytes of ``page_size`` records, at equal distances.
 
     As many as there is room for; a multiple of 16, which the paged kernel can read, where 16 fit.
@@ -145,15 +196,18 @@ def exact_page_size(geometry: CacheGeometry, records: RecordFormat | None, page_
     return count
 
 
-def fitting_page_size(half_bytes: int, token_bytes: int, unit_bytes: int) -> int:
+def fitting_page_size(
+    half_bytes: int, token_bytes: int, unit_bytes: int, multiple: int = PAGED_TOKENS
+) -> int:
     """Tokens of a pool's page: as many as fill it, as in pages that were made for them; where no
     number does, as many as there is room for, as in ``exact_page_size``.
 
-    Raises ValueError if not one fits half a page.
+    multiple: what the number is a multiple of, where that many fit. Raises ValueError if not one
+    fits half a page.
     """
     if half_bytes % token_bytes == 0:
         return half_bytes // token_bytes
-    count = _evenly(half_bytes, token_bytes, unit_bytes)
+    count = _evenly(half_bytes, token_bytes, unit_bytes, multiple)
     if not count:
         raise ValueError(
             f"a token's K takes {token_bytes} bytes, half a page of this pool {half_bytes}: make "
@@ -162,9 +216,11 @@ def fitting_page_size(half_bytes: int, token_bytes: int, unit_bytes: int) -> int
     return count
 
 
-def _evenly(half_bytes: int, token_bytes: int, unit_bytes: int) -> int:
-    """Most tokens at equal distances of whole units; a multiple of 16 where 16 fit. 0: none."""
+def _evenly(
+    half_bytes: int, token_bytes: int, unit_bytes: int, multiple: int = PAGED_TOKENS
+) -> int:
+    """Most tokens at equal distances of whole units; where ``multiple`` fit, of that. 0: none."""
     count = half_bytes // token_bytes
-    while count and (half_bytes % (count * unit_bytes) or (count > 16 and count % 16)):
+    while count and (half_bytes % (count * unit_bytes) or (count > multiple and count % multiple)):
         count -= 1
     return count

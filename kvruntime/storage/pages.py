@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvruntime.storage.layout import RecordFormat
+from kvruntime.storage.layout import Records
 from policies.scratch import wide
 
 
@@ -22,7 +22,7 @@ class Pages:
     keys: Tensor
     values: Tensor
     planes: Tensor | None
-    records: RecordFormat | None
+    records: Records | None
 
     @property
     def page_size(self) -> int:

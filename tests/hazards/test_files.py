@@ -159,7 +159,7 @@ def test_heads_before_tokens_look_transposed(which, done):
         generation.attend(0, *fresh)
 
 
-def test_the_observer_of_the_docs_has_five_arguments():
+def test_the_observer_of_the_docs_has_six_arguments():
     """h22: the docs gave it four."""
     seen = []
     cache = PagedKVCache(
@@ -173,6 +173,6 @@ def test_the_observer_of_the_docs_has_five_arguments():
         generation.attend(0, *torch.randn(3, 2, 1, 3, 8))
         with pytest.raises(ScheduleError):
             generation.attend(0, *torch.randn(3, 2, 1, 3, 8))
-    assert [len(arguments) for arguments in seen] == [5]
+    assert [len(arguments) for arguments in seen] == [6]
     docs = Path(__file__).parents[2] / "docs" / "embedding.md"
-    assert "observer(scale, layer, first_row, queries, keys)" in docs.read_text()
+    assert "observer(scale, layer, first_row, queries, keys, values)" in docs.read_text()

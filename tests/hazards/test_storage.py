@@ -63,7 +63,7 @@ def test_h02_pages_change_owner_before_they_are_read(policy, options, ahead):
     """
     others, theirs = [], []
 
-    def intrude(scale, layer, first_row, q, keys):
+    def intrude(scale, layer, first_row, q, keys, values):
         if first_row == 0 and others[0].scale < SCALES:
             theirs.append(step(others[0], 2))
 

@@ -35,7 +35,7 @@ def test_h13_under_autocast_attention_gets_the_number_format_of_v(var, dtype):
         own = var.autoregressive_infer_cfg()
         seen = []
 
-        def observer(scale, layer, row, q, keys):
+        def observer(scale, layer, row, q, keys, values):
             seen.append((q.dtype, keys.dtype))
 
         with kvruntime.attach(var, "full", 1.0, observer=observer) as attached:

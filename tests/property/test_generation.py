@@ -7,23 +7,27 @@ from hypothesis import strategies as st
 
 import kvruntime.generation
 import kvruntime.planning.regions
+import kvruntime.step.encode
 import kvruntime.step.fold
 import kvruntime.step.keep
 import kvruntime.step.read
 import kvruntime.step.refit
 import kvruntime.step.run
 import kvruntime.step.shift
+import kvruntime.storage.coding
 import kvruntime.storage.records
 import policies.scoring
 from allocator import BlockTable
 from kvruntime.attention.sdpa import SDPA
+from kvruntime.storage.coding import Transform
 from policies import CacheGeometry, ScaleSchedule, StreamingLLM
 from tests.generations import TOLERANCE, Case, cases, check_generation, fresh
 from tests.support import RandomFold, RandomPolicy, Spy
 
 SLICES = {  # tokens that are worked on at a time, wherever the name was imported
-    "SLICE_TOKENS": [kvruntime.storage.records],
-    "READ_TOKENS": [kvruntime.planning.regions, kvruntime.step.read],
+    "SLICE_TOKENS": [kvruntime.storage.records, kvruntime.storage.coding],
+    "READ_TOKENS": [kvruntime.planning.regions],
+    "CODED_TOKENS": [kvruntime.planning.regions],
     "BLOCK": [policies.scoring, kvruntime.planning.regions, kvruntime.step.fold],
 }
 
@@ -81,7 +85,7 @@ PLACES = {
     "commit": [(BlockTable, "commit")],
     "after the commit": [(kvruntime.step.commit, "_written_places")],
     "gather": [(kvruntime.step.read, "gather"), (kvruntime.step.read, "_gather_records")],
-    "quantise": [(kvruntime.step.keep, "quantize"), (kvruntime.step.commit, "quantize")],
+    "quantise": [(kvruntime.step.encode, "quantize"), (Transform, "encode")],
     "attention": [(SDPA, "attend")],
     "advance": [(kvruntime.generation.Generation, "_advance")],
     "caller": [],

@@ -16,6 +16,7 @@ from policies import Allocation, CacheGeometry, Problem, check_allocation
 from tests.support import policies, schedules
 
 QUANTISED = [(dtype, groups) for dtype in ("int2", "int4", "int8") for groups in (1, 2)]
+QUANTISED += [("coded2", 1), ("coded3", 1)]
 
 
 @st.composite

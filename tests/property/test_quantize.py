@@ -18,6 +18,7 @@ from kvruntime.storage.layout import (
     RecordFormat,
     exact_page_size,
     fitting_page_size,
+    records_named,
     stored_bytes,
 )
 from kvruntime.storage.records import (
@@ -245,7 +246,7 @@ def test_half_empty_pages_count_for_the_start_scale():
 
 def test_names_and_bad_ones():
     for name, bits in KV_DTYPES.items():
-        assert RecordFormat.named(name, 2) == RecordFormat(bits, 2)
+        assert records_named(name, 2) == RecordFormat(bits, 2)
         assert RecordFormat(bits, 2).name == name
         assert CacheOptions(kv_dtype=name, kv_groups=2).records == RecordFormat(bits, 2)
     assert CacheOptions().records is None

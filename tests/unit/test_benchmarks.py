@@ -142,7 +142,7 @@ def test_memory(call, monkeypatch):
     report = call("memory", "--policy", "scalekv", "--policy", "ragged fold")
     results = report["results"]
     assert {result["policy"] for result in results} == {"scalekv", "ragged fold"}
-    assert {result["kv_dtype"] for result in results} == {None, "int4"}
+    assert {result["kv_dtype"] for result in results} == set(memory.FORMATS)
     assert {result["chunks"] for result in results} == {1, memory.TINY.rows}
     assert {result["ragged"] for result in results} == {True, False}
     assert set(memory.POLICIES) >= set(POLICY_NAMES) and len(memory.POLICIES) == 16

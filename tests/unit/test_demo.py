@@ -7,7 +7,7 @@ from rich.console import Console
 
 from kvruntime.demo import print_report, run_demo
 from kvruntime.demo.compare import SHOWN
-from kvruntime.storage.layout import RecordFormat
+from kvruntime.storage.layout import records_named
 from tests.unit.test_cli import run
 
 RUN_KEYS = {
@@ -57,7 +57,7 @@ def check_formats(report):
     found = {}
     for one in report["quantised"]:
         assert one.keys() == RUN_KEYS and one["planned_pages"] == one["peak_pages"]
-        records = RecordFormat.named(one["kv_dtype"], one["kv_groups"])
+        records = records_named(one["kv_dtype"], one["kv_groups"])
         exact = report["runs"][one["policy"]]
         assert one["token_bytes"] * 4 * 32 == exact["token_bytes"] * records.num_bytes(32)
         found[one["policy"], one["kv_dtype"], one["kv_groups"], one["kv_start"] > 0] = one["kl"]

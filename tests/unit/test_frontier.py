@@ -9,15 +9,29 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import kvruntime
 from benchmarks import frontier, frontier_point
 from benchmarks.__main__ import app
 from benchmarks.frontier_plot import save_plot
 from benchmarks.frontier_point import Point, draw, evaluation_labels, make_reference
 from benchmarks.schemas import Frontier
+from kvruntime import CacheGeometry
+from kvruntime.catalogue import find_model
 from kvruntime.reference import EmojiVAR, load_classes
 from policies import POLICY_NAMES
+from tests.codecs import coding_of
 
-SETTINGS = {"pictures": 2, "seed": 5}
+SETTINGS = {"pictures": 2, "seed": 5, "dtype": "bfloat16"}
+
+
+BFLOAT16 = find_model("emoji64").with_dtypes("bfloat16", "bfloat16")
+
+
+def untrained(dtype):
+    torch.manual_seed(0)
+    model = EmojiVAR(len(load_classes()), width=64, depth=4, num_heads=2).to(dtype).eval()
+    model.coding = coding_of(CacheGeometry(4, 2, 32, "float32", "float32"))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +46,8 @@ def drawn(tmp_path_factory):
         Point("scalekv", None, "1%"),
     ]
 
-    def load(dtype):
-        torch.manual_seed(0)
-        return EmojiVAR(len(load_classes()), width=64, depth=4, num_heads=2).to(dtype).eval()
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontier_point, "load_model", load)
+        patch.setattr(frontier_point, "load_model", untrained)
         make_reference(folder, **SETTINGS)
         return {point: draw(point, folder, **SETTINGS) for point in points}
 
@@ -54,6 +64,20 @@ def test_a_point(drawn):
         assert len(result["psnr"]) == len(result["ssim"]) == 2
     refused = drawn[Point("scalekv", None, "1%")]
     assert "the least" in refused["refused"] and refused["policy"] == "scalekv"
+
+
+def test_float32_counts_pages_as_bfloat16_ones(drawn, tmp_path, monkeypatch):
+    """Exact pages get the tokens that they hold in bfloat16, records the bytes."""
+    monkeypatch.setattr(frontier_point, "load_model", untrained)
+    settings = SETTINGS | {"dtype": "float32"}
+    make_reference(tmp_path, **settings)
+    exact, coded = (
+        draw(point, tmp_path, **settings)
+        for point in (Point("random", None, "10%"), Point("random", "coded3", "10%"))
+    )
+    assert exact["tokens"] == kvruntime.plan(BFLOAT16, 1, "random", "10%").budget_tokens
+    assert 0.08 < exact["bytes_share"] <= 0.10 and 0.08 < coded["bytes_share"] <= 0.10
+    assert coded["tokens"] > 4 * exact["tokens"]
 
 
 def test_results_are_paired_with_the_best_published_policy(drawn):
@@ -87,7 +111,7 @@ def test_the_plot(drawn, tmp_path):
 
 def test_every_policy_at_every_share_and_other_classes_than_calibration():
     points = frontier.points()
-    assert len(points) == len(set(points)) == (len(POLICY_NAMES) - 1) * 6 * 2
+    assert len(points) == len(set(points)) == ((len(POLICY_NAMES) - 1) * 2 + 2) * 6
     assert all(label % 2 for label in evaluation_labels(50).tolist())
     assert set(evaluation_labels(50).tolist()) == set(range(1, len(load_classes()), 2))
 

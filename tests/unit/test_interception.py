@@ -212,7 +212,7 @@ def test_what_is_float32_under_autocast_is_cast_as_torchs_attention_does(painter
             "full",
             1.0,
             embedding=PAINTER,
-            observer=lambda scale, layer, row, q, keys: seen.append((q.dtype, keys.dtype)),
+            observer=lambda scale, layer, row, q, keys, _: seen.append((q.dtype, keys.dtype)),
         ) as attached:
             assert torch.equal(painter(TEXT), own)
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}

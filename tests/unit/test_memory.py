@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kvruntime
-from benchmarks.common import even_profile, random_steps
+from benchmarks.common import even_coding, even_profile, random_steps
 from benchmarks.memory import TINY, allocations, measure, peak_allocated_bytes
 from benchmarks.ragged import RAGGED
 from kvruntime import CacheGeometry, CacheOptions, PagedKVCache
@@ -16,7 +16,13 @@ from policies import POLICY_NAMES, make_policy
 pytestmark = pytest.mark.filterwarnings("ignore")  # the profiler's own
 
 EVERY_POLICY = [*POLICY_NAMES, *RAGGED]
-FORMATS = [("float32", None), ("bfloat16", "int4"), ("float16", "int2"), ("bfloat16", None)]
+FORMATS = [
+    ("float32", None),
+    ("bfloat16", "int4"),
+    ("float16", "int2"),
+    ("bfloat16", None),
+    ("bfloat16", "coded3"),
+]
 
 
 def by_name(policy):
@@ -49,7 +55,7 @@ def laid_out(step, layout):
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY, ids=by_name)
-@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+@pytest.mark.parametrize("kv_dtype", [None, "int4", "coded3"])
 @pytest.mark.parametrize(
     ("layout", "head_dim"),
     [("plain", 64), ("interleaved", 64), ("heads first", 64), ("interleaved", 256)],
@@ -58,7 +64,13 @@ def test_no_step_allocates_more_than_it_declares(policy, kv_dtype, layout, head_
     """Beside the workspace, which is there already. Smaller steps than the worst one too."""
     geometry = CacheGeometry(1, TINY.heads, head_dim, "bfloat16", "bfloat16")
     policy = made_for(policy, 1, head_dim)
-    options = CacheOptions(policy=policy, budget=TINY.budget, kv_dtype=kv_dtype, workspace=1)
+    options = CacheOptions(
+        policy=policy,
+        budget=TINY.budget,
+        kv_dtype=kv_dtype,
+        coding=even_coding(geometry),
+        workspace=1,
+    )
     cache = PagedKVCache(geometry, TINY.schedule, options, softmax_scale=0.1)
     plan = cache.plan(TINY.rows)
     steps = random_steps(TINY.schedule, TINY.rows, TINY.heads, head_dim, "bfloat16")

@@ -151,7 +151,7 @@ def test_no_gradients_and_no_inference_tensors_stay():
 def test_observers_see_queries_and_all_keys():
     seen = {}
 
-    def observer(scale, layer, row, q, keys):
+    def observer(scale, layer, row, q, keys, values):
         seen[scale, layer] = q.clone(), keys.clone()
 
     with make(observer=observer).open(2) as generation:
@@ -166,7 +166,7 @@ def test_observers_see_queries_and_all_keys():
 def test_an_observer_can_neither_close_nor_step():
     errors = []
 
-    def observer(scale, layer, row, q, keys):
+    def observer(scale, layer, row, q, keys, values):
         for call in (generation.close, lambda: generation.attend(0, *step(0))):
             with pytest.raises(ScheduleError) as caught:
                 call()

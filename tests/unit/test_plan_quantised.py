@@ -12,6 +12,7 @@ from kvruntime.storage.layout import (
     RecordFormat,
     exact_page_size,
     fitting_page_size,
+    records_named,
     stored_bytes,
 )
 from policies import DTYPE_BYTES, CacheGeometry, Full, ScaleSchedule, SlidingWindow
@@ -107,7 +108,7 @@ def test_formats_of_catalogue_models():
 @pytest.mark.parametrize(("kv_dtype", "bits"), [("int2", 2), ("int4", 4), ("int8", 8)])
 def test_records_by_hand(kv_dtype, bits, groups):
     """Four bytes of step size and shift for each group, then the codes."""
-    records = RecordFormat.named(kv_dtype, groups)
+    records = records_named(kv_dtype, groups)
     assert records.num_bytes(128) == 4 * groups + 128 * bits // 8 == 4 * records.words(128)
     assert records.name == kv_dtype
     geometry = CacheGeometry(1, 1, 128)
