@@ -17,6 +17,7 @@ from kvruntime.sizes import largest, parse_bytes, parse_share, rows_by_scale
 from kvruntime.storage.layout import (
     MOST_QUANTISED_TOKENS,
     PLANE_BYTES,
+    CodedFormat,
     PageLayout,
     Records,
     exact_page_size,
@@ -35,7 +36,7 @@ from policies import (
     check_allocation,
 )
 
-# of the most that any page size holds: those that hold so many are judged by what they round
+# of the most that any size of transform-coded pages holds: then what is rounded matters more
 ENOUGH_TOKENS = 0.95
 
 
@@ -112,8 +113,12 @@ def make_plan(
 
 
 def _best_of(plans: list[Plan]) -> Plan:
-    """Of those with nearly the most tokens the one that rounds least."""
-    enough = ENOUGH_TOKENS * max(plan.budget_tokens for plan in plans)
+    """Of those with the most tokens the one that rounds least; of transform-coded ones, which have
+    many formats, of those with nearly the most.
+    """
+    enough = float(max(plan.budget_tokens for plan in plans))
+    if isinstance(plans[0].records, CodedFormat):
+        enough *= ENOUGH_TOKENS
 
     def merit(plan: Plan) -> tuple[float, ...]:
         return -rounding(plan.formats, plan.stage), plan.budget_tokens, plan.page_size
