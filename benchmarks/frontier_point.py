@@ -23,6 +23,7 @@ from kvruntime.coding import Coding
 from kvruntime.quality import kl_of_tokens, psnr_db
 from kvruntime.reference import EmojiVAR, load_classes, load_model
 from kvruntime.reference.transformer import SelfAttention
+from kvruntime.tuning import Steps, attend_all, attention_error
 from policies import TORCH_DTYPES
 
 BATCH = 20  # pictures at a time
@@ -122,7 +123,7 @@ def draw(point: Point, folder: Path, pictures: int, seed: int, dtype: str) -> di
         "page_size": stats.page_size,
         "kv_start": stats.kv_start,
         "seconds_per_picture": seconds / pictures,
-        "attention_error": attention_error(point, reference, dtype, model.coding),
+        "attention_error": _attention_error(point, reference, dtype, model.coding),
         **found,
     }
 
@@ -160,30 +161,19 @@ def _divergence(
     return kl_of_tokens(ours, reference["logs"][part]).mean(-1)
 
 
-def attention_error(
+def _attention_error(
     point: Point, reference: dict[str, Tensor], dtype: str, coding: Coding | None
 ) -> float:
     """How far attention is from that over the whole history where both get the queries, keys and
-    values of the model's own cache: root of the mean square over that of the latter.
+    values of the model's own cache (kvruntime.tuning).
     """
     layers = sum(name.startswith("step") for name in reference) // len(VAR_256)
-    steps = [reference[f"step{number}"] for number in range(len(VAR_256) * layers)]
-    rows, _, heads, head_dim = steps[0][0].shape
-    geometry = kvruntime.CacheGeometry(layers, heads, head_dim, dtype, dtype)
-    squares = torch.zeros(2, dtype=torch.float64)
-    whole = {"policy": "full", "budget": 1.0}
-    caches = [
-        kvruntime.PagedKVCache(
-            geometry,
-            VAR_256,
-            kvruntime.CacheOptions(**options, coding=coding),
-            softmax_scale=1.0,
-        ).open(rows)
-        for options in (_options(point, dtype), whole)
-    ]
-    for number, (q, k, v) in enumerate(steps):
-        ours, wanted = (cache.attend(number % layers, q, k, v).double() for cache in caches)
-        squares += torch.stack([(ours - wanted).square().sum(), wanted.square().sum()])
-    for cache in caches:
-        cache.close()
-    return float((squares[0] / squares[1]).sqrt())
+    steps = Steps(VAR_256)
+    for number in range(len(VAR_256) * layers):
+        q, k, v = reference[f"step{number}"]
+        steps.parts[divmod(number, layers)] = q, k, v
+    ours, whole = (
+        attend_all(steps, kvruntime.CacheOptions(**options, coding=coding), 1.0)[1]
+        for options in (_options(point, dtype), {"policy": "full", "budget": 1.0})
+    )
+    return attention_error(ours, whole)

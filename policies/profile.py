@@ -27,7 +27,9 @@ MAX_FILE_BYTES = 16 * 2**20
 Table = tuple[tuple[FiniteFloat, ...], ...]
 
 
-class _DataFile(BaseModel):
+class DataFile(BaseModel):
+    """What was measured or published for one model and schedule."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
@@ -38,7 +40,7 @@ class _DataFile(BaseModel):
         return ScaleSchedule(self.sizes)
 
 
-class Profile(_DataFile):
+class Profile(DataFile):
     """Statistics that policies take roles and budgets from.
 
     Per scale and layer, [scales][layers]:
@@ -122,7 +124,7 @@ def _is_table(table: Table, layers: int, heads: int) -> bool:
     return len(table) == layers and all(len(line) == heads for line in table)
 
 
-class Preset(_DataFile):
+class Preset(DataFile):
     """Published ScaleKV roles and budgets; index n is what the cache holds when scale n reads it.
 
     drafters: layers that are drafters, for each scale of ``sizes`` from ``first_scale`` on.
@@ -152,20 +154,20 @@ class Preset(_DataFile):
         return self
 
 
-_File = TypeVar("_File", bound=_DataFile)
+_File = TypeVar("_File", bound=DataFile)
 
 
 def load_profile(path: Path | str) -> Profile:
     """Read and validate a profile. Raises ValueError that names the file and what is wrong with
     it.
     """
-    return _load(Path(path), Profile)
+    return load_file(Path(path), Profile)
 
 
 def load_preset(model: str) -> Preset | None:
     """The published ScaleKV preset of a catalogue model, or None if there is none."""
     path = Path(__file__).parent / "presets" / f"scalekv-{model}.json"
-    return _load(path, Preset) if path.exists() else None
+    return load_file(path, Preset) if path.exists() else None
 
 
 def preset_names() -> tuple[str, ...]:
@@ -174,7 +176,8 @@ def preset_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem.removeprefix("scalekv-") for path in paths))
 
 
-def _load(path: Path, kind: type[_File]) -> _File:
+def load_file(path: Path, kind: type[_File]) -> _File:
+    """Read and validate a JSON file. Raises ValueError that names it and what is wrong with it."""
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never end, nor a device
         raise ValueError(f"{path}: not a regular file")
     with path.open("rb") as file:

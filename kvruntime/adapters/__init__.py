@@ -7,6 +7,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from kvruntime.adapters.var import VAR
 from kvruntime.coding import Coding
 from kvruntime.errors import UnsupportedModel
 from kvruntime.options import CacheOptions
+from kvruntime.preset import CachePreset, load_cache_preset
 from kvruntime.step.run import Observer
 from kvruntime.storage.pool import Pool
 from policies import CacheGeometry, Policy
@@ -51,9 +53,10 @@ def view_of(model: Any, embedding: Embedding | None = None) -> View:
 @contextmanager
 def attach(
     model: Any,
-    policy: str | Policy = "scalekv",
-    budget: float | str = 0.10,
+    policy: str | Policy | None = None,
+    budget: float | str | None = None,
     *,
+    preset: CachePreset | str | Path | None = None,
     embedding: Embedding | None = None,
     check: bool = False,
     key_dtype: str | None = None,
@@ -67,8 +70,10 @@ def attach(
     model: FoundationVision's VAR or Infinity or the bundled model, unmodified, or whatever
     ``embedding`` describes. Each call of its sampler is one generation; its pool is made when the
     first layer runs, since only then the number of rows is known.
-    budget: a float is a fraction of the history in tokens (the tokens before the last scale), an
-    int a token count, "2%" a share of the bytes of the model's own history, "512MiB" bytes.
+    policy, budget: "scalekv" and 0.10 where there is no preset. A float is a fraction of the
+    history in tokens (the tokens before the last scale), an int a token count, "2%" a share of the
+    bytes of the model's own history, "512MiB" bytes.
+    preset: policy, budget and kv_dtype, as kvruntime.tuning found them; a file or an object.
     check: compare the first scales of the first call with the model's own cache (see ``check``),
     once for each description and class of attention.
     key_dtype: "float32" keeps and computes everything in that; None: as the model's attention
@@ -88,7 +93,7 @@ def attach(
     view = view_of(model, embedding)
     if options.get("coding") is None and isinstance(getattr(model, "coding", None), Coding):
         options["coding"] = model.coding
-    chosen = CacheOptions(policy=policy, budget=budget, **options)
+    chosen = CacheOptions(**_with_preset(policy, budget, preset, options))
     chosen.coding_for(CacheGeometry(len(view.attentions), view.heads, view.head_dim))
     caches = Caches(view, chosen, pool, observer, _dtype(key_dtype))
     shadow = None
@@ -129,6 +134,25 @@ def check(model: Any, draw: Callable[[], object], embedding: Embedding | None = 
     with siblings_watched(view), _attached(view, caches, shadow):
         draw()
     return shadow.parity()
+
+
+def _with_preset(
+    policy: str | Policy | None,
+    budget: float | str | None,
+    preset: CachePreset | str | Path | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Options for CacheOptions. Raises ValueError where a preset and the call say the same."""
+    given = {"policy": policy, "budget": budget}
+    given = {name: value for name, value in given.items() if value is not None}
+    if preset is None:
+        return {"policy": "scalekv", "budget": 0.10} | given | options
+    if not isinstance(preset, CachePreset):
+        preset = load_cache_preset(preset)
+    both = sorted((given.keys() | options.keys()) & preset.options.keys())
+    if both:
+        raise ValueError(f"the preset of {preset.model} says {', '.join(both)}: give one of both")
+    return preset.options | options
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

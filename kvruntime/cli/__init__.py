@@ -1,4 +1,4 @@
-"""The command line: kvruntime demo, plan, check, calibrate, doctor."""
+"""The command line: kvruntime demo, plan, check, calibrate, tune, doctor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import typer
 
 from kvruntime.cli.demo import demo
 from kvruntime.cli.doctor import doctor
-from kvruntime.cli.models import calibrate_command, check_command
+from kvruntime.cli.models import calibrate_command, check_command, tune_command
 from kvruntime.cli.plan import plan_command
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app.command("demo")(demo)
 app.command("plan")(plan_command)
 app.command("check")(check_command)
 app.command("calibrate")(calibrate_command)
+app.command("tune")(tune_command)
 app.command("doctor")(doctor)
 
 

@@ -1,4 +1,4 @@
-"""kvruntime check and kvruntime calibrate: on a published model, or on the bundled one."""
+"""kvruntime check, calibrate and tune: on a published model, or on the bundled one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from kvruntime.adapters import check
 from kvruntime.calibration import calibrate, calibrate_coding
 from kvruntime.catalogue import ASPECT_RATIOS, RESOLUTIONS, infinity_schedule
 from kvruntime.cli.common import JSON, exit_codes, print_json
+from kvruntime.coding import load_coding
 from kvruntime.models import BUILDERS, Built, build
 from kvruntime.models.infinity import SIZES
+from kvruntime.preset import CachePreset
 from kvruntime.sizes import check_positive
-from policies import DTYPE_BYTES, TORCH_DTYPES
+from kvruntime.tuning import CANDIDATES, tune
+from policies import DTYPE_BYTES, TORCH_DTYPES, load_profile
 
 Name = Annotated[str, typer.Argument(help=f"One of {', '.join(BUILDERS)}.")]
 Repo = Annotated[Path | None, typer.Option(help="A checkout of its authors' repository.")]
@@ -112,6 +116,62 @@ def calibrate_command(
             "attach(model, profile=...)",
             soft_wrap=True,
         )
+
+
+def tune_command(
+    model: Name,
+    budget: Annotated[str, typer.Option(help="A share of the bytes of its own history.")],
+    out: Annotated[Path, typer.Option(help="The preset that is written, JSON.")],
+    profile: Annotated[Path | None, typer.Option(help="Its statistics.")] = None,
+    coding: Annotated[Path | None, typer.Option(help="For transform-coded pages.")] = None,
+    pictures: Annotated[int, typer.Option(help="How many are tried.")] = 1,
+    repo: Repo = None,
+    weights: Weights = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    resolution: Resolution = None,
+    aspect: Aspect = "1.000",
+    stand_ins: StandIns = False,
+    as_json: JSON = False,
+) -> None:
+    """Try every policy and format at one budget, and write the best as a preset."""
+    with exit_codes():
+        check_positive("pictures", pictures)
+        if out.is_dir() or not out.absolute().parent.is_dir():
+            raise ValueError(f"{out} cannot be written")  # before anything is drawn
+        statistics = None if profile is None else load_profile(profile)
+        known = None if coding is None else load_coding(coding)
+        built, settings = _built(model, repo, weights, device, dtype, resolution, aspect, stand_ins)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("trying", total=len(CANDIDATES))
+            preset = tune(
+                built.model,
+                lambda: built.draw(pictures, 20_000, **settings),  # apart from calibration's
+                budget,
+                model,
+                profile=statistics,
+                coding=known,
+                rows=2 * pictures,
+                tick=lambda: progress.advance(bar),
+            )
+        preset.save(out)
+        if as_json:
+            print_json(preset.model_dump(mode="json"))
+            return
+        Console().print(_trials(preset))
+        Console().print(f"{out}: for attach(model, preset=...)", soft_wrap=True)
+
+
+def _trials(preset: CachePreset) -> Table:
+    """The best first."""
+    table = Table(title=f"{preset.model}, {preset.budget} of the bytes")
+    for name in ("policy", "pages", "tokens", "error of attention"):
+        table.add_column(name, justify="left" if name in ("policy", "pages") else "right")
+    worked = [trial for trial in preset.trials if trial.attention_error is not None]
+    for trial in sorted(worked, key=lambda trial: trial.attention_error or 0.0):
+        error = f"{trial.attention_error:.4f}"
+        table.add_row(trial.policy, trial.kv_dtype or "exact", str(trial.tokens), error)
+    return table
 
 
 def _built(

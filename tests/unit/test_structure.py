@@ -20,7 +20,7 @@ FLOORS = [  # of kvruntime, from the ground up: a module imports only from floor
     "coding storage.pool planning.regions models.checkout",
     "options reference.transformer",
     "planning.workspace planning.demand planning.roles planning.formats attention.base reference "
-    "attention.operators models.var",
+    "preset attention.operators models.var",
     "planning.fit planning.rows stats attention.sdpa models.infinity models.emoji reference.train",
     "planning attention.xformers models",
     "attention attention.cubin step.prepare",
@@ -37,7 +37,7 @@ FLOORS = [  # of kvruntime, from the ground up: a module imports only from floor
     "adapters.attachment",
     "adapters.parity",
     "adapters",
-    "calibration demo.pictures demo.table demo.compare",
+    "calibration tuning demo.pictures demo.table demo.compare",
     "demo cli.common",
     "cli.demo cli.doctor cli.plan cli.models",
     "cli",
