@@ -44,16 +44,16 @@ _CACHED = 2**19  # the same on a CPU, whose cache they should not leave
 class Centroid:
     """``budget`` weighted centroids for every lane.
 
-    A window of ``queries`` queries, spread evenly over the scale, stands for those of the next
-    scale: with ``query_means`` it is moved by as much as the mean query of its layer and head moves
-    from this scale to the next one.
+    A window of ``queries`` queries, spread evenly over the scale, stands for those of the next two
+    scales: with ``query_means`` every other one is moved by as much as the mean query of its layer
+    and head moves from this scale to the next one, the others to the one after it.
 
     Seeds are chosen in two rounds: ``first_share`` of them by the attention they get from the
     window, the rest where that attention times the distance from the nearest seed is largest. Then
-    every other candidate goes to its nearest seed. Where seeds are more than a key has channels,
-    keys are compared by sketches: how far they go in the directions in which most of them differ, a
-    quarter as many. Two matrix products, together of (candidates - first seeds) x budget x sketch
-    for each lane.
+    every other candidate goes to its nearest seed. Where seeds are more than three times a
+    key's channels, keys are compared by sketches: how far they go in the directions in which most
+    of them differ, a quarter as many. Two matrix products, together of (candidates - first seeds) x
+    budget x sketch for each lane.
 
     What is folded is then fitted to what the window sees (kvruntime.step.refit), unless
     ``is_fitted`` is false.
@@ -165,19 +165,22 @@ class Centroid:
         which = evenly_spread(min(self.queries, fresh), fresh, device)
         window = pick_queries(queries, which, candidates.scratch)
         if self.query_means is not None:
-            moved = _moves(self, candidates.scale, candidates.layer, device)
-            window.view(rows, heads, -1, dim).add_(moved)
+            moves = _moves(self, candidates.scale, candidates.layer, device)
+            for first, moved in enumerate(moves):
+                window.view(rows, heads, -1, dim)[:, :, first :: len(moves)].add_(moved)
         return window.mul_(candidates.softmax_scale)
 
 
 @lru_cache(maxsize=4096)
 def _moves(policy: Centroid, scale: int, layer: int, device: torch.device) -> Tensor:
-    """How far the mean query of each head goes from this scale to the next, [heads, 1, head_dim],
-    on the device, copied there once.
+    """How far the mean query of each head goes from this scale to the next, and to the one after it
+    (or the last one), [2, heads, 1, head_dim], on the device, copied there once.
     """
-    assert policy.query_means is not None
-    before, after = policy.query_means[scale : scale + 2, layer]
-    return lasting((after - before)[:, None], device)
+    means = policy.query_means
+    assert means is not None
+    last = len(means) - 1
+    ahead = [means[min(scale + steps, last), layer] - means[scale, layer] for steps in (1, 2)]
+    return lasting(np.stack(ahead)[:, :, None], device)
 
 
 def _block(lanes: int, kept: int, count: int) -> int:

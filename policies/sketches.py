@@ -20,9 +20,9 @@ _SAMPLE = 256  # most candidates that tell in which directions keys differ
 
 def sketch_size(head_dim: int, kept: int) -> int:
     """Numbers in the sketch of a key of head_dim channels: the last one is 1. Where few seeds are
-    compared with, keys are their own sketches: finding directions takes longer than it saves.
+    compared with, keys are their own sketches: finding directions saves little time then.
     """
-    return head_dim + 1 if kept <= head_dim else max(8, head_dim // 4)
+    return head_dim + 1 if kept <= 3 * head_dim else max(8, head_dim // 4)
 
 
 def sketch_scratch(sizes: StepSizes) -> list[Region]:
