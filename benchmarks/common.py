@@ -92,6 +92,23 @@ def _processor() -> str:
         return platform.processor()
 
 
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(device: torch.device, call: Callable[[], object], repeats: int) -> list[float]:
+    call()
+    times = []
+    for _ in range(repeats):
+        synchronise(device)
+        began = time.perf_counter()
+        call()
+        synchronise(device)
+        times.append(time.perf_counter() - began)
+    return times
+
+
 def even_coding(geometry: CacheGeometry) -> Coding:
     """A coding that takes channels as they come."""
     shape = (2, geometry.layers, geometry.heads, geometry.head_dim)

@@ -6,7 +6,6 @@ The same code runs on a CPU under Triton's interpreter, in miniature, which is h
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,19 @@ import torch
 from rich.progress import Progress
 
 import kvruntime
-from benchmarks.common import interleaved, own_attention, ratios, spread
+from benchmarks.common import (
+    interleaved,
+    own_attention,
+    ratios,
+    seconds_of,
+    spread,
+    synchronise,
+)
 from benchmarks.correctness import backends, correctness, filled_pool, gather_pages
 from benchmarks.gpu_sizes import FULL, Sizes
+from benchmarks.gpu_tiles import held_lanes, tiles
 from kvruntime import BackendUnavailable, CacheOptions, PagedKVCache, Stats
 from kvruntime.attention import reasons_against_xformers
-from kvruntime.attention.base import Lanes
 from kvruntime.catalogue import find_model
 from kvruntime.demo import demo_labels
 from kvruntime.planning import max_rows, plan
@@ -53,26 +59,10 @@ def run(
         "all_correct": all(case["error"] <= case["bound"] for case in correct),
         "bandwidth": bandwidth(device, sizes, repeats),
         "crossover": crossover(device, sizes, repeats),
+        "tiles": tiles(device, sizes, repeats),
         "attention": attention(device, sizes, repeats, progress),
         "generate": generate(device, sizes, repeats, progress),
     }
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _seconds(device: torch.device, call: Callable[[], object], repeats: int) -> list[float]:
-    call()
-    times = []
-    for _ in range(repeats):
-        synchronise(device)
-        began = time.perf_counter()
-        call()
-        synchronise(device)
-        times.append(time.perf_counter() - began)
-    return times
 
 
 def bandwidth(device: torch.device, sizes: Sizes, repeats: int) -> dict[str, Any]:
@@ -83,7 +73,7 @@ def bandwidth(device: torch.device, sizes: Sizes, repeats: int) -> dict[str, Any
     report: dict[str, Any] = {"bytes": num * page_bytes}
     source = torch.empty(num * page_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copied = statistics.median(_seconds(device, lambda: target.copy_(source), repeats))
+    copied = statistics.median(seconds_of(device, lambda: target.copy_(source), repeats))
     report["copy_bytes_per_second"] = num * page_bytes / copied
     ids = torch.randperm(num, device=device).view(1, 4, -1)[:, :, : num // 4]
     shape = (1, 4, ids.shape[2] * page_size, head_dim)
@@ -94,7 +84,7 @@ def bandwidth(device: torch.device, sizes: Sizes, repeats: int) -> dict[str, Any
         def gather(pages: Pages = pages) -> None:
             gather_pages(pages, ids, keys, values)
 
-        seconds = statistics.median(_seconds(device, gather, repeats))
+        seconds = statistics.median(seconds_of(device, gather, repeats))
         report[f"{name}_gather_bytes_per_second"] = num * page_bytes / seconds
         report[f"{name}_gather_over_copy"] = copied / seconds
     return report
@@ -121,15 +111,11 @@ def _crossing(
     n: int,
 ) -> dict[str, Any]:
     dtype, head_dim = sizes.dtypes[-1], sizes.head_dims[-1]
-    rows, heads, page_size = 2, sizes.heads, 64
-    lanes, width = rows * heads, -(-cached // page_size)
     backend = backends(device, dtype, head_dim)["xformers"]
-    pages = filled_pool(device, dtype, head_dim, page_size, records, lanes * width)
-    tables = torch.randperm(lanes * width, device=device).view(lanes, width)
-    lengths = torch.full((lanes,), cached, device=device)
-    held = Lanes(pages, tables, lengths, cached)
-    q, k, v = torch.randn(3, rows, n, heads, head_dim, device=device).to(TORCH_DTYPES[dtype])
-    room = (2, rows, heads, width * page_size + n, head_dim)
+    held, (q, k, v) = held_lanes(device, sizes, records, cached, n)
+    tables, places = held.tables, held.tables.shape[1] * held.pages.page_size
+    rows, heads = q.shape[0], q.shape[2]
+    room = (2, rows, heads, places + n, head_dim)
     workspace = torch.empty(room, dtype=q.dtype, device=device)
     keys, values = workspace[:, :, :, : cached + n]
 
@@ -137,7 +123,7 @@ def _crossing(
         backend.attend_pages(q, k, v, held, 0.1)
 
     def gathered() -> None:
-        gather_pages(pages, tables.view(rows, heads, width), *workspace)
+        gather_pages(held.pages, tables.view(rows, heads, -1), *workspace)
         keys[:, :, cached:] = k.transpose(1, 2)
         values[:, :, cached:] = v.transpose(1, 2)
         backend.attend(q, keys, values, None, 0.1)
@@ -146,8 +132,8 @@ def _crossing(
         "kv_dtype": records.name if records else None,
         "cached_tokens": cached,
         "queries": n,
-        "paged_seconds": spread(_seconds(device, paged, repeats)),
-        "gathered_seconds": spread(_seconds(device, gathered, repeats)),
+        "paged_seconds": spread(seconds_of(device, paged, repeats)),
+        "gathered_seconds": spread(seconds_of(device, gathered, repeats)),
     }
 
 

@@ -200,6 +200,17 @@ class Crossing(Strict):
     gathered_seconds: Spread
 
 
+class TileCase(Strict):
+    """The paged kernel in one tile; is_the_rule: the one that the runtime takes."""
+
+    kv_dtype: str | None
+    queries: int
+    tile_queries: int
+    warps: int
+    is_the_rule: bool
+    seconds: Spread
+
+
 class Gpu(Strict):
     """attention and generate: own_seconds, and a record for each policy and format."""
 
@@ -208,6 +219,7 @@ class Gpu(Strict):
     all_correct: bool
     bandwidth: dict[str, float]
     crossover: list[Crossing]
+    tiles: list[TileCase]
     attention: dict[str, Any]
     generate: dict[str, Any]
 

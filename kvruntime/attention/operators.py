@@ -13,7 +13,7 @@ import functools
 import linecache
 import warnings
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -61,10 +61,35 @@ def operator_for_gathered(
     return paged_operator(BLOCKS[0], 1)
 
 
+class Tile(NamedTuple):
+    """queries: that a program of the kernel takes at a time. warps: that it runs in."""
+
+    queries: int
+    warps: int
+
+
+TILES = tuple(
+    Tile(*tile) for tile in ((16, 2), (16, 4), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
+)  # that ``benchmarks gpu`` tries
+
+
+def tile_for(queries: int) -> Tile:
+    """The tile for so many queries of a lane: the smallest that takes all of them, at most 128.
+
+    Every program reads all keys of its lane, and turns records back, for itself: few programs read
+    little. xformers does so only where K and V are stored 128 numbers wide on sm_89 and later;
+    records and other head dimensions would run 16 queries in 2 warps.
+    """
+    most = next((size for size in (16, 32, 64) if queries <= size), 128)
+    return Tile(most, 2 if queries == 1 else 4)
+
+
 @functools.cache
-def paged_operator(block: int, groups: int, takes_bias: bool = False) -> Any:
+def paged_operator(
+    block: int, groups: int, takes_bias: bool = False, tile: Tile | None = None
+) -> Any:
     """xformers' operator for pages that are a multiple of ``block`` tokens, and so many groups;
-    with a kernel that adds a bias to the logits of pages if asked.
+    with a kernel that adds a bias to the logits of pages if asked. tile: None: ``tile_for``.
     """
     with _biased_kernel() if takes_bias else contextlib.nullcontext():
         kernel = splitk_kernels._get_splitk_kernel(groups)  # it would be made again at every call
@@ -78,6 +103,20 @@ def paged_operator(block: int, groups: int, takes_bias: bool = False) -> Any:
         @classmethod
         def get_kernel(cls) -> Any:
             return kernel
+
+        @classmethod
+        def get_extra_args(cls, **sizes: Any) -> dict[str, Any]:
+            """Of the kernel's launch. On AMD, which we know nothing of, what xformers takes."""
+            if torch.version.hip:
+                arguments: dict[str, Any] = super().get_extra_args(**sizes)
+                return arguments
+            chosen = tile or tile_for(sizes["M"])
+            return {
+                "BLOCK_M": chosen.queries,
+                "BLOCK_N": cls.BLOCK_N,
+                "num_warps": chosen.warps,
+                "num_stages": cls.NUM_STAGES,
+            }
 
         @classmethod
         def get_split_k(
@@ -192,11 +231,14 @@ def paged_bias(n: int, tables: Tensor, lengths: Tensor, longest: int, page_size:
 __all__ = [
     "BLOCKS",
     "IS_INTERPRETED",
+    "TILES",
+    "Tile",
     "block_of",
     "fmha",
     "operator_for_gathered",
     "paged_bias",
     "paged_operator",
     "spread",
+    "tile_for",
     "with_bias",
 ]

@@ -16,6 +16,7 @@ from kvruntime.attention.base import TESTED_VERSIONS, Lanes, last_line
 from kvruntime.attention.operators import (
     BLOCKS,
     IS_INTERPRETED,
+    Tile,
     block_of,
     fmha,
     operator_for_gathered,
@@ -43,9 +44,14 @@ class XFormers:
     name = "xformers"
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, paged_queries: int
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        paged_queries: int,
+        tile: Tile | None = None,
     ) -> None:
-        self._paged_queries = paged_queries
+        self._paged_queries, self._tile = paged_queries, tile
         self._gathered_op = operator_for_gathered(device, dtype, head_dim, None)
         bias = spread(torch.zeros(1, 1, 1, 16, dtype=dtype, device=device), 1, 16)
         self._biased_op = operator_for_gathered(device, dtype, head_dim, bias)
@@ -87,7 +93,7 @@ class XFormers:
         rows, n, heads, head_dim = q.shape
         pages = cached.pages
         groups = pages.records.groups if isinstance(pages.records, RecordFormat) else 1
-        op = paged_operator(block_of(pages.page_size), groups, cached.weighted)
+        op = paged_operator(block_of(pages.page_size), groups, cached.weighted, self._tile)
         if cached.weighted:
             op = with_bias(op, _page_bias(cached))
         bias = paged_bias(n, cached.tables, cached.lengths, cached.longest, pages.page_size)

@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_part_runs(xformers):
+    from kvruntime.attention.operators import TILES
+
     report = gpu.run(1, None, "cpu", TINY)
     Gpu.model_validate(report)
     cases = report["correctness"]
@@ -38,6 +40,9 @@ def test_every_part_runs(xformers):
     assert paths == exact_and_int4 | gathered
     assert report["bandwidth"]["exact_gather_over_copy"] > 0
     assert {case["queries"] for case in report["crossover"]} == {1, 4, 16}
+    tiles = report["tiles"]
+    assert {(case["tile_queries"], case["warps"]) for case in tiles} == set(TILES)
+    assert sum(case["is_the_rule"] for case in tiles) == 2, "one for each format"
     ways = report["attention"]
     assert ways["full float16 xformers"]["page_steps"] == 2
     assert ways["full float16 sdpa"]["page_steps"] == 0

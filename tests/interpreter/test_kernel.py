@@ -50,6 +50,26 @@ def test_pages(xformers, page_size, head_dim, groups, num_queries, weighted):
     assert cached.worst_error(xformers, num_queries) < cached.bound
 
 
+@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("groups", [None, 1])
+def test_every_tile_attends_alike(xformers, monkeypatch, number, groups):
+    """More queries than a tile, and fewer; 17 and 70 are no multiple of any."""
+    from kvruntime.attention.operators import TILES
+
+    cached = Cached(16, 32, records_of(groups), LENGTHS, weighted=True)
+    monkeypatch.setattr("kvruntime.attention.operators.tile_for", lambda n: TILES[number])
+    for num_queries in (1, 17, 70):
+        assert cached.worst_error(xformers, num_queries) < cached.bound
+
+
+def test_the_tile_takes_all_queries_of_a_lane(xformers):
+    from kvruntime.attention.operators import tile_for
+
+    tiles = {queries: tile_for(queries) for queries in (1, 2, 16, 17, 32, 33, 64, 65, 128, 4096)}
+    assert [tile.queries for tile in tiles.values()] == [16, 16, 16, 32, 32, 64, 64, 128, 128, 128]
+    assert [tile.warps for tile in tiles.values()] == [2] + [4] * 9
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(tuple(AXES), EVERY_FORMAT)
 def test_every_format(xformers, page_size, head_dim, groups, num_queries, weighted):
