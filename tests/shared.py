@@ -2,13 +2,23 @@
 selves alone.
 """
 
+from functools import partial
+
 import torch
 
 from kvruntime import Pool
-from policies import AMSKV, CacheGeometry, Centroid, ScaleSchedule, SlidingWindow
+from policies import (
+    AMSKV,
+    POLICY_NAMES,
+    CacheGeometry,
+    Centroid,
+    ScaleSchedule,
+    SlidingWindow,
+    make_policy,
+)
 from tests.codecs import coding_of
 from tests.generations import Case, fresh
-from tests.support import RandomFold, RandomPolicy
+from tests.support import RandomFold, RandomPolicy, profile_of
 
 PAGE_BYTES, PLANE_BYTES = 960, 24
 SCHEDULE = ScaleSchedule.of([1, 2, 1, (1, 3), 2])
@@ -36,6 +46,17 @@ CASES = {
         RandomFold(6), (1, 3, 32, "float32", "float32"), 2, kv_dtype="int8", workspace=1
     ),
 }
+LONGER = ScaleSchedule.of([1, 2, 3, (2, 5), 2])  # ScaleKV keeps a window of 16
+NAMED = (2, 2, 8, "float32", "float32")
+
+
+def named(name):
+    """A policy by its name, with statistics of its own."""
+    policy = make_policy(name, profile_of(LONGER, 2, 2, 5, 8))
+    return case_of(policy, NAMED, 10, 18, schedule=LONGER)
+
+
+CASES |= {name: partial(named, name) for name in POLICY_NAMES if name not in CASES}
 
 
 def pool_of(num_pages):
