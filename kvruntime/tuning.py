@@ -113,7 +113,7 @@ def tune(
     number of rows. candidates: (policy, kv_dtype) to try; coded ones are left out where there is no
     coding (None: ``model.coding``). rows: of the drawing that are tried. tick: called after each.
     Costs one drawing and an attention pass for each candidate; holds q, k, v and outputs of all
-    steps of these rows (Infinity-2B at 1M, one row, bfloat16: 5.5 GB).
+    steps of these rows (Infinity-2B at 1M, one row, bfloat16: 6.9 GB).
     Raises ValueError for a budget that is no share, and where no candidate can work with it.
     """
     if not isinstance(budget, str) or parse_share(budget) is None:

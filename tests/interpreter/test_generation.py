@@ -30,7 +30,7 @@ def unsplit(xformers):
     """No split-K: the interpreter takes minutes to sum the parts. test_kernel.py has them."""
     with pytest.MonkeyPatch.context() as patch:
         for block, groups, bias in product((16, 32, 64), (1, 2, 4, 8), (False, True)):
-            patch.setattr(xformers.paged_operator(block, groups, bias), "SPLIT_K", 1)
+            patch.setattr(xformers.paged_operator(block, groups, bias, None), "SPLIT_K", 1)
             if not bias:  # a name of its own in functools' cache
                 patch.setattr(xformers.paged_operator(block, groups), "SPLIT_K", 1)
         yield

@@ -29,7 +29,7 @@ def test_nothing_is_read_back(xformers, monkeypatch, records, rows, weighted):
     groups = records.groups if records else 1
     for operator in (
         xformers.paged_operator(64, 1),
-        xformers.paged_operator(64, groups, weighted),
+        xformers.paged_operator(64, groups, weighted, None),
     ):
         monkeypatch.setattr(operator, "SUPPORTED_DEVICES", {"meta"})
         monkeypatch.setattr(operator, "get_kernel", classmethod(lambda cls: NoKernel()))
