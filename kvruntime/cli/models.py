@@ -90,9 +90,7 @@ def calibrate_command(
     with exit_codes():
         check_positive("pictures", pictures)
         check_positive("batch", batch)
-        for path in (out, coding):
-            if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise ValueError(f"{path} cannot be written")  # before anything is drawn
+        _check_written(out, coding)
         built, settings = _built(model, repo, weights, device, dtype, resolution, aspect, stand_ins)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("drawing", total=pictures * (2 if coding else 1))
@@ -137,8 +135,7 @@ def tune_command(
     """Try every policy and format at one budget, and write the best as a preset."""
     with exit_codes():
         check_positive("pictures", pictures)
-        if out.is_dir() or not out.absolute().parent.is_dir():
-            raise ValueError(f"{out} cannot be written")  # before anything is drawn
+        _check_written(out)
         statistics = None if profile is None else load_profile(profile)
         known = None if coding is None else load_coding(coding)
         built, settings = _built(model, repo, weights, device, dtype, resolution, aspect, stand_ins)
@@ -160,6 +157,13 @@ def tune_command(
             return
         Console().print(_trials(preset))
         Console().print(f"{out}: for attach(model, preset=...)", soft_wrap=True)
+
+
+def _check_written(*paths: Path | None) -> None:
+    """Raise ValueError, before anything is drawn, where one of them cannot be written."""
+    for path in paths:
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError(f"{path} cannot be written")
 
 
 def _trials(preset: CachePreset) -> Table:

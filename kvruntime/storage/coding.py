@@ -122,6 +122,20 @@ class Transform:
     def of(self, heads: slice) -> Transform:
         return Transform(self.part, self.forward[heads], self.inverse[heads], self.mean[heads])
 
+    def _slices(
+        self, source: Tensor, target: Tensor, lengths: tuple[int, ...]
+    ) -> Iterator[tuple[Transform, Tensor, Tensor]]:
+        """Some heads' transforms, and so many of their tokens in both tensors [rows, n, width] that
+        scratch has room for, [rows, heads, m, width].
+        """
+        for heads, first, last in _runs(lengths):
+            count = heads.stop - heads.start
+            some, into = (_by_head(part, first, last, count) for part in (source, target))
+            size = max(1, SLICE_TOKENS // (some.shape[0] * count))
+            for start in range(0, some.shape[2], size):
+                end = start + size
+                yield self.of(heads), some[:, :, start:end], into[:, :, start:end]
+
     def encode(
         self,
         tokens: Tensor,
@@ -134,14 +148,8 @@ class Transform:
 
         lengths: tokens of each head, n in all. Coordinates beyond the outermost steps saturate.
         """
-        for heads, first, last in _runs(lengths):
-            count = heads.stop - heads.start
-            some, into = (_by_head(part, first, last, count) for part in (tokens, out))
-            size = _slice_tokens(some.shape[0] * count)
-            for start in range(0, some.shape[2], size):
-                end = start + size
-                part = self.of(heads)
-                part._encode_some(some[:, :, start:end], records, into[:, :, start:end], scratch)
+        for part, some, into in self._slices(tokens, out, lengths):
+            part._encode_some(some, records, into, scratch)
         return out
 
     def _encode_some(
@@ -183,14 +191,8 @@ class Transform:
         """Write the tokens of records [rows, n, words], which lie head by head, into out [rows, n,
         head_dim], rounded once at the end. lengths: tokens of each head, n in all.
         """
-        for heads, first, last in _runs(lengths):
-            count = heads.stop - heads.start
-            some, into = (_by_head(part, first, last, count) for part in (stored, out))
-            size = _slice_tokens(some.shape[0] * count)
-            for start in range(0, some.shape[2], size):
-                end = start + size
-                part = self.of(heads)
-                part.decode_lanes(some[:, :, start:end], records, into[:, :, start:end], scratch)
+        for part, some, into in self._slices(stored, out, lengths):
+            part.decode_lanes(some, records, into, scratch)
 
     def decode_lanes(
         self, stored: Tensor, records: CodedFormat, out: Tensor, scratch: Mapping[str, Tensor]
@@ -246,10 +248,6 @@ def _by_head(tokens: Tensor, first: int, last: int, heads: int) -> Tensor:
     """[rows, n, width], of which so many heads have first to last, as [rows, heads, m, width]."""
     rows, _, width = tokens.shape
     return tokens[:, first:last].view(rows, heads, (last - first) // heads, width)
-
-
-def _slice_tokens(lanes: int) -> int:
-    return max(1, SLICE_TOKENS // lanes)
 
 
 def coding_scratch(lanes: int, tokens: int, head_dim: int) -> list[Region]:
