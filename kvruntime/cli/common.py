@@ -14,7 +14,7 @@ from rich.console import Console
 
 from kvruntime.errors import KVRuntimeError, OutOfPages, WillNeverFit
 from kvruntime.options import check_budget
-from kvruntime.storage.layout import KV_DTYPES
+from kvruntime.storage.layout import CODED, KV_DTYPES
 from policies import POLICY_NAMES
 
 BAD_INPUT, NOT_ENOUGH_MEMORY = 2, 3
@@ -28,7 +28,7 @@ BudgetText = Annotated[
     ),
 ]
 KVDtype = Annotated[
-    str | None, typer.Option(help=f"Quantised pages: one of {', '.join(KV_DTYPES)}.")
+    str | None, typer.Option(help=f"Pages in fewer bits: {', '.join((*KV_DTYPES, *CODED))}.")
 ]
 KVGroups = Annotated[int, typer.Option(help="Groups of a quantised row: 1, 2, 4 or 8.")]
 KVStart = Annotated[

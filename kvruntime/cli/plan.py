@@ -135,10 +135,8 @@ def _print_plan(result: dict[str, Any], rows_per_picture: int) -> None:
         f"{result['history_tokens']} tokens, {result['rows']} rows"
     )
     if result["kv_dtype"]:
-        title += (
-            f", {result['kv_dtype']} with {result['kv_groups']} groups from scale "
-            f"{result['kv_start']} on"
-        )
+        groups = f" with {result['kv_groups']} groups" if result["kv_groups"] else ""
+        title += f", {result['kv_dtype']}{groups} from scale {result['kv_start']} on"
     table = Table(title=title)
     table.add_column("what")
     table.add_column("MiB", justify="right")

@@ -52,6 +52,17 @@ def save_picture(report: dict[str, Any], own: Tensor, ours: Tensor, path: Path) 
     plt.close(figure)
 
 
+_COLOURS = {
+    None: "black",
+    "int4": "tab:blue",
+    "int2": "tab:orange",
+    "int8": "tab:green",
+    "coded2": "tab:red",
+    "coded3": "tab:purple",
+    "coded4": "tab:brown",
+}
+
+
 def save_formats(report: dict[str, Any], path: Path) -> None:
     """PSNR and KL of every format against the bytes it keeps, with and without the start scale."""
     plt = _pyplot()
@@ -59,7 +70,7 @@ def save_formats(report: dict[str, Any], path: Path) -> None:
     runs = [run for run in report["runs"].values() if run["policy"] == "scalekv"]
     runs += report["quantised"]
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.9))
-    colours = {None: "black", "int4": "tab:blue", "int2": "tab:orange"}
+    shown = {run["kv_dtype"] for run in runs}
     for axis, name in zip(axes, ("PSNR, dB", "KL, nats"), strict=True):
         for run in runs:
             value = run["kl"] if name == "KL, nats" else run["psnr_db"]["mean"]
@@ -68,8 +79,8 @@ def save_formats(report: dict[str, Any], path: Path) -> None:
                 100 * run["token_bytes"] / exact,
                 value,
                 marker="o" if run["policy"] == "full" else "^",
-                facecolors=colours[run["kv_dtype"]] if late else "none",
-                edgecolors=colours[run["kv_dtype"]],
+                facecolors=_COLOURS[run["kv_dtype"]] if late else "none",
+                edgecolors=_COLOURS[run["kv_dtype"]],
             )
         axis.set_xscale("log")
         axis.set_xticks([1, 2, 5, 10, 20], labels=["1", "2", "5", "10", "20"])
@@ -80,9 +91,11 @@ def save_formats(report: dict[str, Any], path: Path) -> None:
     for label, marker, colour, filled in (
         ("full", "o", "grey", True),
         ("scalekv", "^", "grey", True),
-        ("exact", "s", "black", True),
-        ("int4", "s", "tab:blue", True),
-        ("int2", "s", "tab:orange", True),
+        *(
+            (name or "exact", "s", colour, True)
+            for name, colour in _COLOURS.items()
+            if name in shown
+        ),
         ("from scale 0 on", "s", "grey", False),
     ):
         face = colour if filled else "none"

@@ -43,7 +43,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 def _label(run: dict[str, Any]) -> str:
     if run["kv_dtype"] is None:
         return str(run["policy"])
-    return f"{run['policy']} {run['kv_dtype']}/{run['kv_groups']} @{run['kv_start']}"
+    groups = f"/{run['kv_groups']}" if run["kv_groups"] else ""  # transform-coded pages have none
+    return f"{run['policy']} {run['kv_dtype']}{groups} @{run['kv_start']}"
 
 
 def _pages(run: dict[str, Any]) -> str:

@@ -122,6 +122,16 @@ def test_the_plan_of_the_bundled_model_is_what_its_demo_uses(policy):
     assert attached.stats.page_bytes == made.page_bytes
 
 
+@pytest.mark.parametrize(
+    ("pages", "says"),
+    [("--kv-dtype coded3", "coded3 from scale"), ("--kv-dtype int4", "int4 with 1 groups from")],
+)
+def test_plan_names_the_pages(pages, says):
+    done = run("plan", "infinity-2b", "--budget", "2%", *pages.split())
+    assert done.exit_code == 0 and says in " ".join(done.stdout.split())
+    assert says.split()[0] in run("plan", "--help").stdout
+
+
 def test_plan_says_how_many_rows_fit():
     report = plan_json("infinity-8b --memory 80GiB --reserved 20GiB")
     assert report.keys() == PLAN_KEYS | {"memory_bytes", "max_rows"}
@@ -178,6 +188,8 @@ def test_plan_that_does_not_fit_exits_with_3_and_the_numbers():
         "demo --kv-start 3",
         "plan infinity-8b --kv-dtype bfloat16",
         "plan infinity-8b --kv-groups 4",
+        "plan infinity-8b --kv-dtype coded3 --kv-groups 2",
+        "plan infinity-8b --kv-dtype coded1",
         "plan infinity-8b --kv-dtype int4 --kv-groups 3",
         "plan infinity-8b --kv-dtype int4 --kv-start 13",
         "plan infinity-8b --kv-dtype int4 --kv-start -1",

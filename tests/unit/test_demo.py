@@ -7,7 +7,8 @@ from rich.console import Console
 
 from kvruntime.demo import print_report, run_demo
 from kvruntime.demo.compare import SHOWN
-from kvruntime.storage.layout import records_named
+from kvruntime.demo.pictures import save_formats
+from kvruntime.storage.layout import CODED, KV_DTYPES, records_named
 from tests.unit.test_cli import run
 
 RUN_KEYS = {
@@ -136,3 +137,18 @@ def test_the_table_of_a_report():
     with (console := Console(width=200)).capture() as captured:
         print_report(report, console)
     assert "bit-identical with the model's own: True" in captured.get()
+
+
+@pytest.mark.parametrize("kv_dtype", [*KV_DTYPES, *CODED])
+def test_points_of_every_format_have_a_colour(kv_dtype, tmp_path):
+    """int8 and coded pages had none."""
+    run = {"policy": "full", "kl": 0.1, "psnr_db": {"mean": 20.0}, "token_bytes": 5, "kv_start": 0}
+    report = {
+        "runs": {"full": run | {"kv_dtype": kv_dtype}},
+        "quantised": [run | {"kv_dtype": kv_dtype, "kv_start": 3}],
+        "count": 1,
+        "dtype": "float32",
+        "budget": 0.1,
+    }
+    save_formats(report, tmp_path / "formats.png")
+    assert (tmp_path / "formats.png").stat().st_size > 5_000
