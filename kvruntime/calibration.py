@@ -40,8 +40,7 @@ def calibrate(
     if not 0.0 < top_share <= 1.0:
         raise ValueError(f"top_share must be in (0, 1], got {top_share}")
     check_positive("pictures", pictures)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"name must say which model it is, got {name!r}")
+    _check_name(name)
     view = view_of(model, embedding)
     made: list[_Statistics] = []
 
@@ -73,8 +72,7 @@ def calibrate_coding(
     float32 copies of a step's queries, keys and values, and for each layer and head 3 x head_dim^2
     sums in float64: 192 MiB for 32 layers of 16 heads of 128. Of several schedules all counts.
     """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"name must say which model it is, got {name!r}")
+    _check_name(name)
     moments = Moments(len(view_of(model, embedding).attentions))
 
     def observe(
@@ -86,6 +84,11 @@ def calibrate_coding(
     with attach(model, "full", 1.0, embedding=embedding, observer=observe) as attached:
         draw()
     return moments.coding(name)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must say which model it is, got {name!r}")
 
 
 class _Statistics:

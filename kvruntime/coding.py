@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from kvruntime.storage.coding import KEYS, VALUES, Transform
 from policies import CacheGeometry, ScaleSchedule
+from policies.profile import check_regular
 
 MAX_FILE_BYTES = 4 * 2**30
 _KIND = "kvruntime coding 1"
@@ -98,11 +98,10 @@ def load_coding(path: Path | str) -> Coding:
     it.
     """
     path = Path(path)
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe may never end, nor a device
-        raise ValueError(f"{path}: not a regular file")
-    if status.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: {status.st_size} bytes, at most {MAX_FILE_BYTES} are read")
+    check_regular(path)
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: {size} bytes, at most {MAX_FILE_BYTES} are read")
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,12 @@ class Trial(BaseModel):
     page_bytes: NonNegativeInt
     attention_error: NonNegativeFloat | None
     refused: str | None = None
+
+
+def best_first(trials: Iterable[Trial]) -> list[Trial]:
+    """Those that worked, by their error."""
+    worked = [trial for trial in trials if trial.attention_error is not None]
+    return sorted(worked, key=lambda trial: trial.attention_error or 0.0)
 
 
 class CachePreset(DataFile):

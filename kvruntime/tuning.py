@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvruntime.adapters import Embedding, attach, view_of
+from kvruntime.adapters import Embedding, attach, own_coding, view_of
 from kvruntime.cache import PagedKVCache
 from kvruntime.coding import Coding
 from kvruntime.errors import WillNeverFit
 from kvruntime.options import CacheOptions
 from kvruntime.planning import Plan
-from kvruntime.preset import CachePreset, Trial
+from kvruntime.preset import CachePreset, Trial, best_first
 from kvruntime.sizes import check_positive, parse_share
+from kvruntime.storage.layout import CODED
 from policies import POLICY_NAMES, CacheGeometry, Profile, ScaleSchedule
 
 FORMATS = (None, "int4", "coded3", "coded2")
@@ -120,20 +121,19 @@ def tune(
         raise ValueError(f"budget must be a share of the history's bytes, as '2%', got {budget!r}")
     check_positive("rows", rows)
     scale = view_of(model, embedding).softmax_scale
-    if coding is None and isinstance(getattr(model, "coding", None), Coding):
-        coding = model.coding
+    coding = coding or own_coding(model)
     steps = record(model, draw, rows, embedding)
     _, wanted = attend_all(steps, CacheOptions("full", 1.0), scale)
     trials = []
     for policy, kv_dtype in candidates:
-        if kv_dtype is None or not kv_dtype.startswith("coded") or coding is not None:
+        if kv_dtype not in CODED or coding is not None:
             options = {"policy": policy, "budget": budget, "kv_dtype": kv_dtype}
             trials.append(_try(steps, wanted, options, scale, profile, coding))
         tick()
-    found = [trial for trial in trials if trial.attention_error is not None]
-    if not found:
+    worked = best_first(trials)
+    if not worked:
         raise ValueError(f"nothing works with {budget}: {trials[0].refused if trials else 'none'}")
-    best = min(found, key=lambda trial: trial.attention_error or 0.0)
+    best = worked[0]
     assert steps.schedule is not None
     return CachePreset(
         version=1,

@@ -176,10 +176,15 @@ def preset_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem.removeprefix("scalekv-") for path in paths))
 
 
+def check_regular(path: Path) -> None:
+    """Raise ValueError unless it is a file: a pipe may never end, nor a device."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path}: not a regular file")
+
+
 def load_file(path: Path, kind: type[_File]) -> _File:
     """Read and validate a JSON file. Raises ValueError that names it and what is wrong with it."""
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never end, nor a device
-        raise ValueError(f"{path}: not a regular file")
+    check_regular(path)
     with path.open("rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:

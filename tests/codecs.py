@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from kvruntime.coding import Coding
-from kvruntime.storage.coding import _STEPS, BITS
+from kvruntime.storage.coding import _STEPS, BITS, coding_scratch
+from policies.scratch import lend
 
 
 def coding_of(geometry, seed=0):
@@ -15,6 +16,12 @@ def coding_of(geometry, seed=0):
     forward = turns * rng.uniform(0.5, 2.0, shape)[..., None]
     mean = rng.normal(0, 0.3, shape)
     return Coding("none", *(torch.from_numpy(part.astype(np.float32)) for part in (forward, mean)))
+
+
+def lend_scratch(tokens, lengths):
+    """What coding tokens [rows, n, head_dim] works in, in tensors of its own."""
+    rows, count, dim = tokens.shape
+    return lend(coding_scratch(rows * len(lengths), rows * count, dim), tokens.device)
 
 
 def transforms_of(coding, layer, head):

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from kvruntime.storage.coding import lend_scratch
 from kvruntime.storage.layout import CodedFormat
 from kvruntime.storage.records import dequantize
+from tests.codecs import lend_scratch
 from tests.lanes import Lane, as_fitted
 from tests.support import dense_attention
 

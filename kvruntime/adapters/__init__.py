@@ -91,8 +91,8 @@ def attach(
     if observer is not None and not callable(observer):
         raise ValueError(f"observer must be a function, got {observer!r}")
     view = view_of(model, embedding)
-    if options.get("coding") is None and isinstance(getattr(model, "coding", None), Coding):
-        options["coding"] = model.coding
+    if options.get("coding") is None:
+        options["coding"] = own_coding(model)
     chosen = CacheOptions(**_with_preset(policy, budget, preset, options))
     chosen.coding_for(CacheGeometry(len(view.attentions), view.heads, view.head_dim))
     caches = Caches(view, chosen, pool, observer, _dtype(key_dtype))
@@ -136,6 +136,12 @@ def check(model: Any, draw: Callable[[], object], embedding: Embedding | None = 
     return shadow.parity()
 
 
+def own_coding(model: Any) -> Coding | None:
+    """What the model object itself says of how its pages are coded; None if it says nothing."""
+    coding = getattr(model, "coding", None)
+    return coding if isinstance(coding, Coding) else None
+
+
 def _with_preset(
     policy: str | Policy | None,
     budget: float | str | None,
@@ -171,5 +177,6 @@ __all__ = [
     "Parity",
     "attach",
     "check",
+    "own_coding",
     "view_of",
 ]

@@ -19,7 +19,7 @@ from kvruntime.cli.common import JSON, exit_codes, print_json
 from kvruntime.coding import load_coding
 from kvruntime.models import BUILDERS, Built, build
 from kvruntime.models.infinity import SIZES
-from kvruntime.preset import CachePreset
+from kvruntime.preset import CachePreset, best_first
 from kvruntime.sizes import check_positive
 from kvruntime.tuning import CANDIDATES, tune
 from policies import DTYPE_BYTES, TORCH_DTYPES, load_profile
@@ -171,8 +171,7 @@ def _trials(preset: CachePreset) -> Table:
     table = Table(title=f"{preset.model}, {preset.budget} of the bytes")
     for name in ("policy", "pages", "tokens", "error of attention"):
         table.add_column(name, justify="left" if name in ("policy", "pages") else "right")
-    worked = [trial for trial in preset.trials if trial.attention_error is not None]
-    for trial in sorted(worked, key=lambda trial: trial.attention_error or 0.0):
+    for trial in best_first(preset.trials):
         error = f"{trial.attention_error:.4f}"
         table.add_row(trial.policy, trial.kv_dtype or "exact", str(trial.tokens), error)
     return table

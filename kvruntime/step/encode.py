@@ -6,7 +6,6 @@ from torch import Tensor
 
 from kvruntime.planning.shapes import Kind
 from kvruntime.step.prepare import Prepared
-from kvruntime.storage.coding import Transform
 from kvruntime.storage.layout import CodedFormat
 from kvruntime.storage.records import dequantize, quantize
 
@@ -19,7 +18,7 @@ def encode(step: Prepared, part: int, tokens: Tensor) -> Tensor:
     assert writes is not None
     encoded = commits["encoded"].view(*tokens.shape[:2], -1)
     if isinstance(writes, CodedFormat):
-        return _transform(step, part).encode(tokens, _lengths(step), writes, encoded, commits)
+        return step.transform(part).encode(tokens, _lengths(step), writes, encoded, commits)
     quantize(tokens.flatten(0, 1), writes, commits["encoded"], commits)
     return encoded
 
@@ -30,14 +29,9 @@ def read_back(step: Prepared, part: int, out: Tensor) -> None:
     assert writes is not None
     encoded = commits["encoded"].view(*out.shape[:2], -1)
     if isinstance(writes, CodedFormat):
-        _transform(step, part).decode(encoded, _lengths(step), writes, out, commits)
+        step.transform(part).decode(encoded, _lengths(step), writes, out, commits)
     else:
         dequantize(encoded.flatten(0, 1)[None], writes, out.flatten(0, 1)[None], commits)
-
-
-def _transform(step: Prepared, part: int) -> Transform:
-    assert step.transforms is not None, "PagedKVCache asks for a coding"
-    return step.transforms[part]
 
 
 def _lengths(step: Prepared) -> tuple[int, ...]:

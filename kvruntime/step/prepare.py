@@ -41,6 +41,11 @@ class Prepared:
     change: Change
     transforms: tuple[Transform, Transform] | None
 
+    def transform(self, part: int) -> Transform:
+        """Of K or V (KEYS, VALUES), where pages are transform-coded."""
+        assert self.transforms is not None, "PagedKVCache asks for a coding"
+        return self.transforms[part]
+
 
 def prepare(
     plan: Plan,

@@ -104,8 +104,7 @@ def _gather_records(
         end = min(cached, start + some.shape[2] * size)
         by_lane, target = gathered.flatten(2, 3)[:, :, : end - start], into[:, :, start:end]
         if isinstance(records, CodedFormat):
-            assert step.transforms is not None, "PagedKVCache asks for a coding"
-            step.transforms[part].decode_lanes(by_lane, records, target, scratch)
+            step.transform(part).decode_lanes(by_lane, records, target, scratch)
         else:
             dequantize(by_lane.flatten(0, 1), records, target.flatten(0, 1), scratch)
 

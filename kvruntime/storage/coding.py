@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kvruntime.storage.layout import CodedFormat
 from policies import Region
-from policies.scratch import lasting, lend, part_of
+from policies.scratch import lasting, part_of
 
 SLICE_TOKENS = 8192  # tokens, over all lanes, that are coded at a time
 OCTILES = 8
@@ -263,9 +263,3 @@ def lanes_scratch(count: int, head_dim: int) -> list[Region]:
         Region("c_codes", (count, head_dim), "uint8"),
         Region("c_digits", (count, head_dim), "uint8"),
     ]
-
-
-def lend_scratch(tokens: Tensor, lengths: tuple[int, ...]) -> dict[str, Tensor]:
-    """``coding_scratch`` for tokens [rows, n, head_dim], for whoever has no workspace."""
-    rows, count, dim = tokens.shape
-    return lend(coding_scratch(rows * len(lengths), rows * count, dim), tokens.device)

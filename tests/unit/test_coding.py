@@ -16,10 +16,10 @@ from kvruntime.planning import make_plan
 from kvruntime.quality import kl_nats
 from kvruntime.reference import FOLDER, load_model
 from kvruntime.reference.transformer import SelfAttention
-from kvruntime.storage.coding import _STEPS, BITS, OCTILES, digits, lend_scratch
+from kvruntime.storage.coding import _STEPS, BITS, OCTILES, digits
 from kvruntime.storage.layout import CODED, CODED_BITS, CodedFormat
 from policies import Full
-from tests.codecs import coded, coding_of, transforms_of
+from tests.codecs import coded, coding_of, lend_scratch, transforms_of
 
 GEOMETRY = CacheGeometry(2, 3, 32, "float32", "float32")
 SCHEDULE = ScaleSchedule.of([1, 2, 3, 4])
