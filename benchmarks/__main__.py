@@ -180,15 +180,25 @@ def _infinity(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     resolution: Annotated[str, typer.Option(help="0.06M, 0.25M or 1M.")] = "1M",
+    model: Annotated[str, typer.Option(help="infinity-125m, -2b or -8b.")] = "infinity-125m",
+    pictures: Annotated[int, typer.Option(min=1, help="Drawn at once.")] = 1,
+    device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda.")] = "cpu",
     repeats: Repeats = 3,
     out: Out = None,
 ) -> None:
     """Whole pictures on Infinity's own code, beside its own cache."""
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "resolution": resolution,
+        "model": model,
+        "pictures": pictures,
+        "device": device,
+    }
 
     def run(progress: Progress) -> Any:
-        return infinity.run(repeats, progress, repo, released, dtype, resolution)
+        return infinity.run(repeats, progress, repo, released, **options)
 
-    _report("infinity", out, run, repeats, dtype=dtype, resolution=resolution)
+    _report("infinity", out, run, repeats, **options)
 
 
 @app.command("memory")

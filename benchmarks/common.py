@@ -97,6 +97,20 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def peak_of(device: torch.device, call: Callable[[], object]) -> int | None:
+    """Bytes that torch held on the device at most while it ran, beyond what it held before; None,
+    and nothing is called, where torch does not count them.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def seconds_of(device: torch.device, call: Callable[[], object], repeats: int) -> list[float]:
     call()
     times = []

@@ -16,6 +16,7 @@ import kvruntime
 from benchmarks.common import (
     interleaved,
     own_attention,
+    peak_of,
     ratios,
     seconds_of,
     spread,
@@ -204,15 +205,8 @@ def _memory(
     ones. What attention itself allocates is in the first and not in the second.
     """
     planned = cache.plan(2).total_bytes
-    if device.type != "cuda":
-        return {"planned_bytes": planned, "peak_allocated_bytes": None}
     cache.let_go()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    draw()
-    peak = torch.cuda.max_memory_allocated(device) - before
-    return {"planned_bytes": planned, "peak_allocated_bytes": peak}
+    return {"planned_bytes": planned, "peak_allocated_bytes": peak_of(device, draw)}
 
 
 def generate(

@@ -1,5 +1,5 @@
-"""Whole pictures of Infinity-125M's layers at one megapixel, on its authors' code: its own cache,
-ours by three policies, and the authors' released ScaleKV if a checkout of it is given.
+"""Whole pictures of Infinity at one megapixel, on its authors' code: its own cache, ours by three
+policies, and the authors' released ScaleKV if a checkout of it is given.
 
 Random weights and text; the picture is not decoded, which would be the same for all. Attaching
 counts.
@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 
 import kvruntime
-from benchmarks.common import interleaved, ratios, spread
+from benchmarks.common import interleaved, peak_of, ratios, spread, synchronise
 from kvruntime.catalogue import infinity_schedule
 from kvruntime.models import Built, build
 from policies import TORCH_DTYPES
@@ -40,20 +41,32 @@ def run(
     released: Path | None = None,
     dtype: str = "bfloat16",
     resolution: str = "1M",
+    model: str = "infinity-125m",
+    pictures: int = 1,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """repo: a checkout of FoundationVision/Infinity. released: one of StargazerX0/ScaleKV."""
+    device = torch.device(device)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Infinity compiles its norms
-    built = build("infinity-125m", repo, dtype=TORCH_DTYPES[dtype], stand_ins=True)
+    built = build(model, repo, device=device, dtype=TORCH_DTYPES[dtype], stand_ins=True)
     built.vae.decode = lambda codes: codes.new_zeros(codes.shape[0], 3, 1, 1)
-    draw = partial(built.draw, 1, 0, schedule=infinity_schedule(resolution))
+
+    def draw() -> None:
+        built.draw(pictures, 0, schedule=infinity_schedule(resolution))
+        synchronise(device)
+
     draws: dict[str, Callable[[], object]] = {"own": draw}
     found: dict[str, kvruntime.Stats] = {}
     for name, case in CASES.items():
         draws[name] = partial(_attached, built, draw, name, case, found)
     if released is not None:
         draws["released"] = partial(_released, built, draw, released)
+    peaks = {name: peak_of(device, one) for name, one in draws.items()}
     times = interleaved(draws, repeats, progress)
     report: dict[str, Any] = {
+        "model": model,
+        "pictures": pictures,
+        "device": device.type,
         "dtype": dtype,
         "resolution": resolution,
         "seconds": {name: spread(values) for name, values in times.items()},
@@ -62,6 +75,11 @@ def run(
         "held_of_history": {
             name: stats.page_bytes / stats.history_bytes for name, stats in found.items()
         },
+        "planned_bytes": {
+            name: stats.page_bytes + stats.workspace_bytes for name, stats in found.items()
+        },
+        "baseline_bytes": found["full"].baseline_bytes,
+        "peak_allocated_bytes": peaks,
         "planned_is_peak": all(one.planned_pages == one.peak_pages for one in found.values()),
     }
     for name in draws:

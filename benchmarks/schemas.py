@@ -145,14 +145,22 @@ class Generate(Strict):
 class Infinity(Strict):
     """times_faster_than_own: own cache's time over it, round by round; "released" is the authors'
     ScaleKV. held_of_history: page bytes of what the model's own cache holds before the last scale.
+    planned_bytes: pages and workspace. baseline_bytes: the own cache after all scales.
+    peak_allocated_bytes: what torch held at most beyond the weights, of everything.
     """
 
+    model: str
+    pictures: int
+    device: str
     dtype: str
     resolution: str
     seconds: dict[str, Spread]
     times_faster_than_own: dict[str, Spread]
     scalekv_times_faster_than_released: Spread | None
     held_of_history: dict[str, float]
+    planned_bytes: dict[str, int]
+    baseline_bytes: int
+    peak_allocated_bytes: dict[str, int | None]
     planned_is_peak: bool
 
 

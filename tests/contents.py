@@ -30,7 +30,9 @@ def stored(generation, scale, layer, row, head):
     pages = generation._runner.pages(scale, layer)
     length, count = int(table.lengths[row, head]), int(table.num_pages[row, head])
     ids = torch.from_numpy(table.pages[row, head, :count].astype(np.int64))
-    held = torch.stack([part[ids].flatten(0, 1)[:length] for part in (pages.keys, pages.values)])
+    held = torch.stack(
+        [part.cpu()[ids].flatten(0, 1)[:length] for part in (pages.keys, pages.values)]
+    )
     if pages.records is not None:
         dtype = getattr(torch, plan.geometry.key_dtype)
         numbers = torch.empty(2, length, plan.geometry.head_dim, dtype=dtype)
@@ -46,7 +48,7 @@ def stored(generation, scale, layer, row, head):
         held = numbers
     planes = torch.zeros(length, 0)
     if pages.planes is not None:
-        planes = pages.planes[ids][:, : pages.page_size].flatten(0, 1)[:length]
+        planes = pages.planes.cpu()[ids][:, : pages.page_size].flatten(0, 1)[:length]
     return held, planes.double()
 
 

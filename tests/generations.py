@@ -14,7 +14,7 @@ from policies import CacheGeometry
 from tests.codecs import coding_of
 from tests.contents import check_attention, check_contents
 from tests.lanes import Dense
-from tests.support import Spy, policies, schedules
+from tests.support import DEVICE, Spy, policies, schedules
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 5e-3}
 
@@ -48,6 +48,7 @@ class Case:
             replace(chosen, **options),
             softmax_scale=self.softmax_scale,
             pool=pool,
+            device=DEVICE,
         )
 
 
@@ -108,7 +109,7 @@ def fresh(case, scale, layer, rows=None, seed=0):
     tokens, heads = case.schedule.tokens[scale], case.geometry.heads
     shape = (rows or case.rows, tokens, heads, case.geometry.head_dim)
     dtype = getattr(torch, case.geometry.key_dtype)
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    return tuple(torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(3))
 
 
 def check_tables(generation, scale, layer):
@@ -132,7 +133,7 @@ def spoil(cache, generation):
     workspace = workspaces.borrow(generation.plan.scratch_bytes)
     workspace.memory.fill_(0xFF)
     workspaces.give_back(workspace)
-    is_free = torch.from_numpy(pool.allocator.references(range(pool.num_pages)) == 0)
+    is_free = torch.from_numpy(pool.allocator.references(range(pool.num_pages)) == 0).to(DEVICE)
     for part in (pool.keys, pool.values, pool.planes):
         part[is_free] = 0xFF
 
@@ -152,6 +153,7 @@ def check_generation(case, cache, tolerance):
                 spoil(cache, generation)
                 out = generation.attend(layer, q, k, v)
                 before = dense.lengths
+                q, k, v, out = q.cpu(), k.cpu(), v.cpu(), out.cpu()
                 dense.add(k, v, scale)
                 where = f"scale {scale}, layer {layer}"
                 check_attention(dense, q, out, tolerance, where, dense.attended(before))

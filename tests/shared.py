@@ -18,7 +18,7 @@ from policies import (
 )
 from tests.codecs import coding_of
 from tests.generations import Case, fresh
-from tests.support import RandomFold, RandomPolicy, profile_of
+from tests.support import DEVICE, RandomFold, RandomPolicy, profile_of
 
 PAGE_BYTES, PLANE_BYTES = 960, 24
 SCHEDULE = ScaleSchedule.of([1, 2, 1, (1, 3), 2])
@@ -60,7 +60,7 @@ CASES |= {name: partial(named, name) for name in POLICY_NAMES if name not in CAS
 
 
 def pool_of(num_pages):
-    return Pool(num_pages=num_pages, page_bytes=PAGE_BYTES, plane_bytes=PLANE_BYTES)
+    return Pool(num_pages=num_pages, page_bytes=PAGE_BYTES, plane_bytes=PLANE_BYTES, device=DEVICE)
 
 
 class Twin:

@@ -1,5 +1,6 @@
 """Policies and oracles that tests share."""
 
+import os
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,6 +26,9 @@ from policies import (
 from policies.heatkv import heatkv_from
 from policies.recency import highest
 from policies.scoring import evenly_spread, look, pick_queries, seen_scratch
+
+DEVICE = os.environ.get("KVRUNTIME_TEST_DEVICE", "cpu")
+"""Where generations of property tests run; what they are compared with is computed on the CPU."""
 
 sizes = st.one_of(
     st.integers(1, 4),
@@ -78,7 +82,7 @@ class RandomPolicy:
     def select(self, candidates):
         seed = self.seed + candidates.scale * 100
         if self.num_queries:
-            keep = random_places(candidates, seed + candidates.layer)
+            keep = random_places(candidates, seed + candidates.layer).to(candidates.keys.device)
             return Selection(keep, scores=self._scores(candidates, seed))
         positions = candidates.positions
         numbers = np.random.default_rng(seed).random(
@@ -92,7 +96,8 @@ class RandomPolicy:
         if "score" not in self.needs.planes or self.seed % 3 == 0:
             return None
         old = candidates.planes["score"].float()
-        return old + torch.rand(old.shape, generator=torch.Generator().manual_seed(seed))
+        more = torch.rand(old.shape, generator=torch.Generator().manual_seed(seed))
+        return old + more.to(old.device)
 
 
 def random_places(candidates, seed):
@@ -100,7 +105,7 @@ def random_places(candidates, seed):
     rows, heads, count, _ = candidates.keys.shape
     scores = torch.rand(rows, heads, count, generator=torch.Generator().manual_seed(seed))
     if candidates.log_weights is not None:
-        scores.masked_fill_(candidates.log_weights[:, :, 0].isneginf(), -1.0)
+        scores.masked_fill_(candidates.log_weights[:, :, 0].cpu().isneginf(), -1.0)
     keep = torch.from_numpy(candidates.keep)[:, None]
     most = int(keep.max())
     best = scores.topk(most, dim=-1).indices
@@ -138,13 +143,18 @@ class RandomFold(RandomPolicy):
         for head, kept in enumerate(candidates.keep.tolist()):
             number = torch.arange(kept).expand(rows, kept)
             into[:, head].scatter_(1, keep[:, head, :kept], number)
-        scores, seen = self._scores(candidates, seed), None
+        scores, seen, device = self._scores(candidates, seed), None, candidates.keys.device
         if self.needs.refit:
-            fresh, device = candidates.queries.shape[1], keep.device
+            fresh = candidates.queries.shape[1]
             which = evenly_spread(min(self.needs.refit, fresh), fresh, device)
             window = pick_queries(candidates.queries, which, candidates.scratch)
             seen = look(candidates, window.mul_(candidates.softmax_scale))
-        return Selection(keep, into, scores, seen)
+        return Selection(keep.to(device), into.to(device), scores, seen)
+
+
+def own(tensor):
+    """A copy on the CPU."""
+    return tensor.to("cpu", copy=True)
 
 
 @dataclass(frozen=True)
@@ -187,21 +197,20 @@ class Spy:
 
     def attend_to(self, candidates):
         places = self.inner.attend_to(candidates)
-        self.attended.append((candidates.keep.copy(), places.clone()))
+        self.attended.append((candidates.keep.copy(), own(places)))
         return places
 
     def select(self, candidates):
         selection = self.inner.select(candidates)
         parts = (selection.keep, selection.into, selection.scores)
-        own = Selection(*(None if part is None else part.clone() for part in parts))
         by_content = self.needs.content
         choice = Choice(
             candidates.scale,
             candidates.keep.copy(),
             candidates.positions.numpy().copy(),
             candidates.cached if by_content else 0,
-            own,
-            None if selection.seen is None else selection.seen.queries.clone(),
+            Selection(*(None if part is None else own(part) for part in parts)),
+            None if selection.seen is None else own(selection.seen.queries),
         )
         (self.chosen if by_content else self.known).append(choice)
         return selection
