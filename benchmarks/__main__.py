@@ -181,6 +181,7 @@ def _infinity(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     resolution: Annotated[str, typer.Option(help="0.06M, 0.25M or 1M.")] = "1M",
     model: Annotated[str, typer.Option(help="infinity-125m, -2b or -8b.")] = "infinity-125m",
+    depth: Annotated[int | None, typer.Option(min=1, help="Fewer layers than it has.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Drawn at once.")] = 1,
     device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda.")] = "cpu",
     repeats: Repeats = 3,
@@ -191,6 +192,7 @@ def _infinity(
         "dtype": dtype,
         "resolution": resolution,
         "model": model,
+        "depth": depth,
         "pictures": pictures,
         "device": device,
     }

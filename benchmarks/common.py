@@ -98,10 +98,11 @@ def synchronise(device: torch.device) -> None:
 
 
 def peak_of(device: torch.device, call: Callable[[], object]) -> int | None:
-    """Bytes that torch held on the device at most while it ran, beyond what it held before; None,
-    and nothing is called, where torch does not count them.
+    """Bytes that torch held on the device at most while it ran, beyond what it held before; None
+    where torch does not count them.
     """
     if device.type != "cuda":
+        call()
         return None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

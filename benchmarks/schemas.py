@@ -150,6 +150,7 @@ class Infinity(Strict):
     """
 
     model: str
+    layers: int
     pictures: int
     device: str
     dtype: str

@@ -49,16 +49,35 @@ def spread(bias: Tensor, rows: int, n: int) -> Tensor:
 def operator_for_gathered(
     device: torch.device, dtype: torch.dtype, head_dim: int, bias: Tensor | None
 ) -> Any:
-    """What xformers would choose for tokens with such a bias, or none; the paged kernel's operator,
-    which can do that too, where none of the others runs.
+    """What xformers would choose for tokens with such a bias, or none. None where it has nothing
+    but the paged kernel's operator, as on a GPU that its C++ library was not built for: torch's
+    own attention is faster there. In the interpreter that operator.
     """
-    if device.type == "cuda":
-        tokens = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
-        inputs = fmha.Inputs(tokens, tokens, tokens, bias, scale=1.0)
-        for operator in fmha.dispatch._dispatch_fw_priority_list(inputs, False):
-            if not operator.not_supported_reasons(inputs):
-                return operator
-    return paged_operator(BLOCKS[0], 1)
+    if device.type != "cuda":
+        return paged_operator(BLOCKS[0], 1)
+    tokens = torch.empty(1, 16, 1, head_dim, dtype=dtype, device=device)
+    inputs = fmha.Inputs(tokens, tokens, tokens, bias, scale=1.0)
+    for operator in fmha.dispatch._dispatch_fw_priority_list(inputs, False):
+        if not operator.not_supported_reasons(inputs):
+            return None if issubclass(operator, triton_splitk.FwOp) else operator
+    return None
+
+
+def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """Attention [rows, n, heads, head_dim] and the logarithms of its normalisers, float32 [rows,
+    heads, n], for q, k and v of that shape: on a GPU by torch's flash attention, which needs no
+    compiler.
+    """
+    if q.device.type == "cuda":
+        parts = (part.transpose(1, 2) for part in (q, k, v))
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            *parts, 0.0, False, False, scale=softmax_scale
+        )
+        return out.transpose(1, 2), lse
+    found: tuple[Tensor, Tensor] = fmha.memory_efficient_attention_partial(
+        q, k, v, scale=softmax_scale, op=paged_operator(BLOCKS[0], 1)
+    )
+    return found
 
 
 class Tile(NamedTuple):
@@ -233,6 +252,7 @@ __all__ = [
     "IS_INTERPRETED",
     "TILES",
     "Tile",
+    "attend_with_lse",
     "block_of",
     "fmha",
     "operator_for_gathered",

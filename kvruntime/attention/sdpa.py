@@ -21,6 +21,8 @@ class SDPA:
         self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, softmax_scale: float
     ) -> Tensor:
         q = q.transpose(1, 2)
+        if bias is not None and q.device.type == "cuda":
+            bias = bias.to(q.dtype)  # kernels there read float32 as if it were that
         out = F.scaled_dot_product_attention(q, keys, values, bias, scale=softmax_scale)
         return out.transpose(1, 2)
 

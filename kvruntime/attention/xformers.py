@@ -17,6 +17,7 @@ from kvruntime.attention.operators import (
     BLOCKS,
     IS_INTERPRETED,
     Tile,
+    attend_with_lse,
     block_of,
     fmha,
     operator_for_gathered,
@@ -25,6 +26,7 @@ from kvruntime.attention.operators import (
     spread,
     with_bias,
 )
+from kvruntime.attention.sdpa import SDPA
 from kvruntime.planning.demand import Plan
 from kvruntime.storage.layout import RecordFormat, Records
 from kvruntime.storage.pages import Pages, flat
@@ -38,7 +40,8 @@ class XFormers:
     """Reads pages where a scale has few queries or heads differ in length, else gathers.
 
     Split-K is made for few queries: each block of 16 to 128 of them reads all pages of its lane
-    again. With many, one gather and flash attention read less.
+    again. With many, one gather and flash attention read less: xformers' operators, or torch's
+    where xformers has none that runs.
     """
 
     name = "xformers"
@@ -58,8 +61,8 @@ class XFormers:
 
     @property
     def gathered_operator(self) -> str:
-        """xformers' name of what attends to gathered tokens."""
-        return str(self._gathered_op.NAME)
+        """What attends to gathered tokens, by xformers' name of it if it is xformers'."""
+        return SDPA.name if self._gathered_op is None else str(self._gathered_op.NAME)
 
     def reads_pages(self, pages: Pages, num_queries: int, is_ragged: bool) -> bool:
         num_pages, page_size, width = pages.keys.shape
@@ -76,10 +79,11 @@ class XFormers:
     def attend(
         self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, softmax_scale: float
     ) -> Tensor:
+        op, added = (self._gathered_op if bias is None else self._biased_op), None
+        if op is None:
+            return SDPA().attend(q, keys, values, bias, softmax_scale)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
-        op, added = self._gathered_op, None
         if bias is not None:
-            op = self._biased_op
             added = spread(bias.to(q.dtype), q.shape[0], q.shape[1])
         with _on_device_of(q):
             out: Tensor = fmha.memory_efficient_attention_forward(
@@ -105,9 +109,7 @@ class XFormers:
             old, old_lse = fmha.memory_efficient_attention_partial(
                 queries, k_pages, v_pages, bias, scale=softmax_scale, op=op
             )
-            fresh, fresh_lse = fmha.memory_efficient_attention_partial(
-                q, k, v, scale=softmax_scale, op=paged_operator(BLOCKS[0], 1)
-            )
+            fresh, fresh_lse = attend_with_lse(q, k, v, softmax_scale)
         old_lse = old_lse.view(rows, heads, n)
         share = torch.sigmoid(fresh_lse - old_lse).float().unsqueeze(-1)
         out = torch.lerp(old.view(rows, heads, n, head_dim), fresh.transpose(1, 2), share)
