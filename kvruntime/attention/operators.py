@@ -65,19 +65,18 @@ def operator_for_gathered(
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """Attention [rows, n, heads, head_dim] and the logarithms of its normalisers, float32 [rows,
-    heads, n], for q, k and v of that shape: on a GPU by torch's flash attention, which needs no
-    compiler.
+    heads, n], for q, k and v of that shape: by torch's flash attention, which needs no compiler.
     """
+    parts = [part.transpose(1, 2) for part in (q, k, v)]
     if q.device.type == "cuda":
-        parts = (part.transpose(1, 2) for part in (q, k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            *parts, 0.0, False, False, scale=softmax_scale
+            *parts, scale=softmax_scale
         )
-        return out.transpose(1, 2), lse
-    found: tuple[Tensor, Tensor] = fmha.memory_efficient_attention_partial(
-        q, k, v, scale=softmax_scale, op=paged_operator(BLOCKS[0], 1)
-    )
-    return found
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *parts, scale=softmax_scale
+        )
+    return out.transpose(1, 2), lse
 
 
 class Tile(NamedTuple):

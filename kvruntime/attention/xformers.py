@@ -112,7 +112,8 @@ class XFormers:
             fresh, fresh_lse = attend_with_lse(q, k, v, softmax_scale)
         old_lse = old_lse.view(rows, heads, n)
         share = torch.sigmoid(fresh_lse - old_lse).float().unsqueeze(-1)
-        out = torch.lerp(old.view(rows, heads, n, head_dim), fresh.transpose(1, 2), share)
+        fresh = fresh.transpose(1, 2).to(old.dtype)
+        out = torch.lerp(old.view(rows, heads, n, head_dim), fresh, share)
         return out.transpose(1, 2).to(q.dtype)
 
 
