@@ -149,4 +149,6 @@ def even_profile(schedule: ScaleSchedule, layers: int, heads: int, head_dim: int
         ],
         column_variance=by_head.tolist(),
         query_means=np.zeros((len(schedule), layers, heads, head_dim)).tolist(),
+        fold_tokens=(1, 2),
+        fold_errors=[[(by_head + error).tolist()] * len(schedule) for error in (1.0, 0.5)],
     )

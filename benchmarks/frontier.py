@@ -23,9 +23,9 @@ SEED = 30_000  # not one of the demo's, of calibration's or of those that anythi
 PICTURES, QUICK_PICTURES = 200, 24
 SHARES = ("10%", "2%", "4%", "1%", "20%", "40%")
 FORMATS = (None, "int4", "coded3")
-CODED_TOO = ("scalekv", "centroid")  # the others in the first two formats
+CODED_TOO = ("scalekv", "centroid", "centroid_by_head")  # the others in the first two formats
 DTYPES = ("bfloat16", "float32")
-OURS = ("centroid", "full")
+OURS = ("centroid", "centroid_by_head", "full")
 POLICIES = tuple(name for name in POLICY_NAMES if name != "full")
 QUICK = tuple(
     Point(policy, kv_dtype, share)

@@ -14,15 +14,16 @@ from matplotlib.lines import Line2D
 
 _BASELINES = ("random", "sliding_window", "streaming_llm")
 _STYLES = {None: "-", "int4": "--", "coded3": ":"}
+_OURS = {"centroid": "black", "centroid_by_head": "crimson"}
 _TICKS = (1, 2, 4, 10, 20, 40)
 
 
 def save_plot(results: dict[str, Any], path: Path) -> None:
     """KL and PSNR over the bytes really held, both with their 95 % intervals."""
     policies = list(dict.fromkeys(point["policy"] for point in results["points"]))
-    published = [name for name in policies if name not in (*_BASELINES, "centroid")]
+    published = [name for name in policies if name not in (*_BASELINES, *_OURS)]
     colours = {name: plt.get_cmap("tab10")(place) for place, name in enumerate(published)}
-    colours |= {"centroid": "black"}
+    colours |= _OURS
     figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), constrained_layout=True)
     for axis, what in zip(axes, ("kl", "psnr_db"), strict=True):
         for policy in policies:
@@ -37,7 +38,7 @@ def save_plot(results: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("KL to the model's own cache, nats (lower is better)")
     axes[1].set_ylabel("PSNR to the own cache's pictures, dB (higher is better)")
     handles = [
-        Line2D([], [], color=colours.get(name, "0.65"), lw=3 if name == "centroid" else 1.5)
+        Line2D([], [], color=colours.get(name, "0.65"), lw=3 if name in _OURS else 1.5)
         for name in policies
     ]
     styles = [
@@ -78,7 +79,7 @@ def _line(
     if not points:
         return
     shares = [share for share, _ in points]
-    ours = policy == "centroid"
+    ours = policy in _OURS
     axis.plot(
         shares,
         [value["mean"] for _, value in points],

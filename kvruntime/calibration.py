@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvruntime.adapters import Embedding, attach, view_of
 from kvruntime.coding import Coding, Moments
+from kvruntime.fold_errors import FoldErrors
 from kvruntime.reference import FOLDER, load_model
 from kvruntime.sizes import check_positive
 from policies import Profile, ScaleSchedule
@@ -33,9 +34,10 @@ def calibrate(
 
     draw: calls the model's own sampler once or more; all rows of all calls are averaged over.
     pictures: how many it draws, for the record. top_share: K' of ScaleKV's index as a share of the
-    history (K' is not published). Costs about one more attention pass. Holds, beside the whole
-    cache, one scale's keys of all layers, float32 copies of one layer's, and 14 bytes for each of
-    at most 2^23 attention weights at a time (112 MiB).
+    history (K' is not published). Costs about one more attention pass, and folding at four budgets
+    for at most 8 rows of the first drawing. Holds, beside the whole cache, one scale's keys of all
+    layers, float32 copies of one layer's, 14 bytes for each of at most 2^23 attention weights at a
+    time (112 MiB), and half of those rows' history with the workspace of one fold.
     """
     if not 0.0 < top_share <= 1.0:
         raise ValueError(f"top_share must be in (0, 1], got {top_share}")
@@ -54,9 +56,15 @@ def calibrate(
         if made[0].schedule != schedule:
             raise ValueError("draw() drew in two schedules: a profile is of one")
         made[0](scale, layer, first_row, q, keys)
+        if first_row == 0:
+            made[0].folds(q)(scale, layer, q, keys, values)
 
     with attach(model, "full", 1.0, embedding=embedding, observer=observe) as attached:
-        draw()
+        try:
+            draw()
+        finally:
+            for statistics in made:
+                statistics.close()
     if not made:
         raise ValueError("draw() did not run the model's sampler")
     return made[0].profile(name, pictures)
@@ -106,6 +114,18 @@ class _Statistics:
         self._rows = torch.zeros(len(schedule), layers, dtype=torch.float64)
         self._sums: _Sums | None = None
         self._last_keys: dict[tuple[int, int], Tensor] = {}
+        self._folds: FoldErrors | None = None
+
+    def folds(self, q: Tensor) -> FoldErrors:
+        """The errors of folding; made when the first queries come."""
+        if self._folds is None:
+            self._folds = FoldErrors(self.schedule, self._layers, self._softmax_scale, q)
+        return self._folds
+
+    def close(self) -> None:
+        """End what a drawing that failed has left open."""
+        if self._folds is not None:
+            self._folds.close()
 
     def __call__(self, scale: int, layer: int, first_row: int, q: Tensor, keys: Tensor) -> None:
         rows, fresh = q.shape[0], keys[:, :, -q.shape[1] :]
@@ -180,6 +200,8 @@ class _Statistics:
         cached = (mass.sum(dim=1).mean(dim=2) - own).clamp_min(0.0)
         best = sums.best.cpu() / rows
         by_scale = zip(mass, range(1, len(self.schedule) + 1), strict=True)
+        folds = self._folds
+        assert folds is not None, "a row was seen"
         return Profile(
             version=2,
             model=name,
@@ -193,6 +215,10 @@ class _Statistics:
             query_means=tuple(
                 tuple(_table(heads) for heads in line)
                 for line in sums.queries.cpu() / rows[:, :, None, None]
+            ),
+            fold_tokens=folds.tokens,
+            fold_errors=tuple(
+                tuple(_significant(table) for table in line) for line in folds.tables()
             ),
         )
 
@@ -216,6 +242,11 @@ class _Sums:
 
 def _table(values: Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(round(x, 6) for x in line) for line in values.tolist())
+
+
+def _significant(values: Tensor) -> tuple[tuple[float, ...], ...]:
+    """The same of numbers of any size: six digits of each."""
+    return tuple(tuple(float(f"{x:.6g}") for x in line) for line in values.tolist())
 
 
 def main() -> None:

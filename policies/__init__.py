@@ -17,6 +17,7 @@ from policies.base import (
     StepSizes,
 )
 from policies.budgets import check_allocation
+from policies.by_head import CentroidByHead, centroid_by_head_from
 from policies.centroid import Centroid, centroid_from
 from policies.h2o import H2O
 from policies.hack import Hack, hack_from
@@ -35,6 +36,7 @@ _MAKERS: dict[str, Callable[[Profile | None, Preset | None], Policy]] = {
     "scalekv": scalekv_from,
     "ams_kv": lambda profile, preset: ams_kv_from(profile),
     "centroid": lambda profile, preset: centroid_from(profile),
+    "centroid_by_head": lambda profile, preset: centroid_by_head_from(profile),
     "hack": lambda profile, preset: hack_from(profile),
     "hackpp": lambda profile, preset: hackpp_from(profile),
     "heatkv": lambda profile, preset: heatkv_from(profile),
@@ -67,6 +69,7 @@ __all__ = [
     "CacheGeometry",
     "Candidates",
     "Centroid",
+    "CentroidByHead",
     "Full",
     "Hack",
     "HackPP",

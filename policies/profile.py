@@ -55,6 +55,9 @@ class Profile(DataFile):
     column_variance: HACK's head score, [layers][heads]: at the last scale the variance over queries
         of the attention that a key gets, summed over keys.
     query_means: mean query, [scales][layers][heads][head_dim], as the model hands it to attention.
+    fold_errors: what folding costs, [budgets][scales][layers][heads]: squared error of attention at
+        a scale where each lane was folded to ``fold_tokens[budget]`` centroids before, over the
+        squares of its layer. Both may be empty.
     """
 
     version: Literal[1, 2]
@@ -66,6 +69,8 @@ class Profile(DataFile):
     mass: tuple[tuple[Table, ...], ...] = ()
     column_variance: Table = ()
     query_means: tuple[tuple[Table, ...], ...] = ()
+    fold_tokens: tuple[PositiveInt, ...] = ()
+    fold_errors: tuple[tuple[Table, ...], ...] = ()
 
     @model_validator(mode="after")
     def _shapes(self) -> Profile:
@@ -78,7 +83,7 @@ class Profile(DataFile):
         if layers == 0:
             raise ValueError("a profile needs at least one layer")
         if self.version == 1:
-            if self.mass or self.column_variance or self.query_means:
+            if self.mass or self.column_variance or self.query_means or self.fold_errors:
                 raise ValueError("a profile of version 1 has no statistics per head")
             return self
         heads = len(self.column_variance[0]) if self.column_variance else 0
@@ -95,7 +100,23 @@ class Profile(DataFile):
             for line in self.query_means
         ):
             raise ValueError(f"query_means must be of {scales} scales, {shape}")
+        self._check_fold_errors(scales, layers, heads)
         return self
+
+    def _check_fold_errors(self, scales: int, layers: int, heads: int) -> None:
+        tokens, errors = self.fold_tokens, self.fold_errors
+        if list(tokens) != sorted(set(tokens)) or len(tokens) == 1:
+            raise ValueError(f"fold_tokens must be two budgets or more, ascending, got {tokens}")
+        if len(errors) != len(tokens) or not all(
+            len(line) == scales and all(_is_table(table, layers, heads) for table in line)
+            for line in errors
+        ):
+            raise ValueError(
+                f"fold_errors must be of {len(tokens)} budgets, {scales} scales, "
+                f"{layers} layers of {heads} heads"
+            )
+        if any(x < 0 for line in errors for table in line for row in table for x in row):
+            raise ValueError("fold_errors must not be negative")
 
     @property
     def layers(self) -> int:

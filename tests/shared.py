@@ -18,7 +18,8 @@ from policies import (
 )
 from tests.codecs import coding_of
 from tests.generations import Case, fresh
-from tests.support import DEVICE, RandomFold, RandomPolicy, profile_of
+from tests.profiles import profile_of
+from tests.support import DEVICE, RandomFold, RandomPolicy
 
 PAGE_BYTES, PLANE_BYTES = 960, 24
 SCHEDULE = ScaleSchedule.of([1, 2, 1, (1, 3), 2])

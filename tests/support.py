@@ -12,11 +12,8 @@ from policies import (
     H2O,
     POLICY_NAMES,
     Allocation,
-    CacheGeometry,
     Centroid,
     Needs,
-    Problem,
-    Profile,
     ScaleKV,
     ScaleSchedule,
     Selection,
@@ -26,6 +23,7 @@ from policies import (
 from policies.heatkv import heatkv_from
 from policies.recency import highest
 from policies.scoring import evenly_spread, look, pick_queries, seen_scratch
+from tests.profiles import profile_of
 
 DEVICE = os.environ.get("KVRUNTIME_TEST_DEVICE", "cpu")
 """Where generations of property tests run; what they are compared with is computed on the CPU."""
@@ -40,7 +38,8 @@ schedules = st.one_of(  # short ones by themselves: most of hypothesis' lists wo
 ).map(ScaleSchedule.of)
 
 
-PLAIN_POLICIES = tuple(name for name in POLICY_NAMES if name not in ("hackpp", "heatkv"))
+NEED_PROFILES = ("hackpp", "heatkv", "centroid_by_head")
+PLAIN_POLICIES = tuple(name for name in POLICY_NAMES if name not in NEED_PROFILES)
 """Those that need no profile."""
 
 
@@ -243,7 +242,7 @@ def policies(draw, layers, heads, schedule):
         return H2O(draw(st.sampled_from([0.0, 0.5])))
     if kind == "snapkv":
         return SnapKV(draw(st.integers(1, 4)), draw(st.sampled_from([1, 5])))
-    if kind in ("hack", "hackpp", "heatkv"):
+    if kind in ("hack", *NEED_PROFILES):
         profile = profile_of(schedule, layers, heads, draw(st.integers(0, 9)))
         if kind == "heatkv":
             return heatkv_from(profile, draw(st.integers(1, 3)), draw(st.booleans()))
@@ -251,41 +250,6 @@ def policies(draw, layers, heads, schedule):
         ratio = draw(st.sampled_from([1.0, 1.5, 3.0]))
         return replace(policy, attend_ratio=ratio) if kind == "hackpp" else policy
     return ScaleKV(grid=2) if kind == "scalekv" else make_policy(kind)
-
-
-def problem_of(schedule, budget=1):
-    """What a policy is asked about, where only the schedule matters."""
-    return Problem(CacheGeometry(1, 1, 4), schedule, budget)
-
-
-def profile_of(schedule, layers, heads=None, seed=0, head_dim=4):
-    """A well-formed profile with random statistics; of version 1 without heads."""
-    rng = np.random.default_rng(seed)
-
-    def table():
-        return rng.random((len(schedule), layers)).tolist()
-
-    by_head = {}
-    if heads:
-        mass = [
-            np.moveaxis(rng.dirichlet(np.ones(scale + 1), (layers, heads)), 2, 0).tolist()
-            for scale in range(len(schedule))
-        ]
-        by_head = {
-            "mass": mass,
-            "column_variance": rng.random((layers, heads)).tolist(),
-            "query_means": rng.normal(size=(len(schedule), layers, heads, head_dim)).tolist(),
-        }
-    return Profile(
-        version=2 if heads else 1,
-        model="test",
-        sizes=schedule.sizes,
-        pictures=1,
-        selectivity=table(),
-        similarity=table(),
-        cached_mass=table(),
-        **by_head,
-    )
 
 
 def dense_attention(q, k, v, scale, log_weights=None):

@@ -12,7 +12,8 @@ from policies import CacheGeometry, ScaleKV, ScaleSchedule, make_policy
 from policies.base import Candidates, Needs, StepSizes
 from policies.scoring import attention_received, attention_scratch, patch_centres
 from policies.scratch import lend
-from tests.support import PLAIN_POLICIES, problem_of
+from tests.profiles import problem_of
+from tests.support import PLAIN_POLICIES
 
 SCHEDULE = ScaleSchedule.of([1, 2, 3, 4])
 GEOMETRY = CacheGeometry(1, 3, 8, "float32", "float32")

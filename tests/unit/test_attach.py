@@ -12,7 +12,8 @@ from kvruntime import UnsupportedModel, WillNeverFit
 from kvruntime.catalogue import VAR_256
 from kvruntime.step import shift
 from policies import ScaleKV, ScaleSchedule
-from tests.support import PLAIN_POLICIES, every_attribute, profile_of
+from tests.profiles import profile_of
+from tests.support import PLAIN_POLICIES, every_attribute
 
 LABELS = torch.tensor([0, 2])
 

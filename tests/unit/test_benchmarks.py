@@ -145,7 +145,7 @@ def test_memory(call, monkeypatch):
     assert {result["kv_dtype"] for result in results} == set(memory.FORMATS)
     assert {result["chunks"] for result in results} == {1, memory.TINY.rows}
     assert {result["ragged"] for result in results} == {True, False}
-    assert set(memory.POLICIES) >= set(POLICY_NAMES) and len(memory.POLICIES) == 16
+    assert set(memory.POLICIES) >= set(POLICY_NAMES) and len(memory.POLICIES) == 17
     done = call("memory", "--policy", "none", code=2)
     assert "'none' is not one of full, scalekv" in done.stderr
 

@@ -11,8 +11,10 @@ import kvruntime.calibration
 from benchmarks.memory import peak_allocated_bytes
 from kvruntime import PagedKVCache
 from kvruntime.calibration import calibrate
+from kvruntime.fold_errors import FoldErrors
 from kvruntime.reference.tokenizer import PATCH_SIDES
 from kvruntime.reference.transformer import SelfAttention
+from policies import ScaleSchedule
 from tests.look_alikes.described import PAINTER
 from tests.look_alikes.painter import SIDES, Painter
 
@@ -133,8 +135,8 @@ def test_refusals(tiny_model):
 
 
 def test_memory_is_bounded_as_stated(tiny_model, monkeypatch):
-    """Beside the whole cache: one scale's keys of all layers, float32 copies of one layer's, and
-    14 bytes for each weight that is held at a time.
+    """Beside the whole cache: one scale's keys of all layers, float32 copies of one layer's, 14
+    bytes for each weight that is held at a time, and what folding takes.
     """
     block = 20_000
     monkeypatch.setattr(kvruntime.calibration, "_BLOCK_NUMBERS", block)
@@ -149,7 +151,14 @@ def test_memory_is_bounded_as_stated(tiny_model, monkeypatch):
     whole = peak_allocated_bytes(on_the_whole_cache)
     measured = peak_allocated_bytes(lambda: calibrate(tiny_model, draw, 2, "tiny"))
     keys = 4 * 2 * 16 * 4 * 256  # rows, heads, head_dim, bytes, tokens of the last scale
-    assert measured - whole <= 2 * keys + 4 * keys + 14 * max(block, 4 * 2 * 680) + 2**16
+    schedule = ScaleSchedule.of(PATCH_SIDES)
+    folds = FoldErrors(schedule, 2, 1.0, torch.zeros(4, 1, 2, 16))
+    plans = [cache.plan(4) for cache in folds._caches]
+    pages = sum(plan.page_bytes for plan in plans)
+    assert pages <= 0.5 * plans[0].baseline_bytes()["history_bytes"]
+    outputs = 5 * keys  # ours, the whole one and their difference in float64
+    at_once = max(14 * max(block, 4 * 2 * 680), plans[-1].workspace_bytes + outputs)
+    assert measured - whole <= 2 * keys + 4 * keys + pages + at_once + 2**16
 
 
 def test_a_profile_is_of_one_schedule():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from policies import CacheGeometry, Candidates, Centroid, ScaleSchedule, StepSizes
 from policies.scratch import lend
 from tests.folds import evenly_spread
-from tests.support import problem_of
+from tests.profiles import problem_of
 from tests.unit.test_cache import draw, make
 
 TINY = ScaleSchedule.of([(1, 3), (1, 2), 1])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from kvruntime.reference import FOLDER, load_classes, load_model
 from policies import ScaleSchedule, load_preset, load_profile
 from policies.profile import MAX_FILE_BYTES, Preset
-from tests.support import profile_of
+from tests.profiles import profile_of
 
 SCHEDULE = ScaleSchedule.of([1, 2, (2, 3)])
 

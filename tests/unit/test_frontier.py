@@ -111,7 +111,7 @@ def test_the_plot(drawn, tmp_path):
 
 def test_every_policy_at_every_share_and_other_classes_than_calibration():
     points = frontier.points()
-    assert len(points) == len(set(points)) == ((len(POLICY_NAMES) - 1) * 2 + 2) * 6
+    assert len(points) == len(set(points)) == ((len(POLICY_NAMES) - 1) * 2 + 3) * 6
     assert all(label % 2 for label in evaluation_labels(50).tolist())
     assert set(evaluation_labels(50).tolist()) == set(range(1, len(load_classes()), 2))
 

@@ -8,7 +8,8 @@ import torch
 from kvruntime import CacheOptions, PagedKVCache, ScheduleError
 from kvruntime.sizes import parse_bytes, parse_share
 from policies import CacheGeometry, Full, ScaleSchedule
-from tests.support import PLAIN_POLICIES, profile_of
+from tests.profiles import profile_of
+from tests.support import PLAIN_POLICIES
 from tests.unit.test_cache import GEOMETRY, SCHEDULE, draw, make, sdpa, step
 
 

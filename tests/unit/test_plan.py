@@ -18,7 +18,7 @@ from kvruntime.planning import choose_policy, make_plan, max_rows, require
 from kvruntime.planning.fit import default_page_size
 from kvruntime.planning.rows import MAX_ROWS
 from policies import CacheGeometry, Full, ScaleKV, ScaleSchedule, load_preset
-from tests.support import profile_of
+from tests.profiles import profile_of
 
 MIB = 2**20
 SLIM = CacheGeometry(1, 1, 1)

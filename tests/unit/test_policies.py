@@ -26,7 +26,8 @@ from policies.budgets import split_budget
 from policies.scalekv import drafters_from_selectivity
 from policies.scoring import patch_centres
 from policies.scratch import lend
-from tests.support import problem_of, profile_of, schedules
+from tests.profiles import problem_of, profile_of
+from tests.support import schedules
 
 INFINITY_1M = ScaleSchedule.of([1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64])
 PUBLISHED = {
@@ -247,10 +248,10 @@ def test_needs(name):
     policy = make_policy(name, profile_of(ScaleSchedule.of([1, 2, 3, 4, 5]), 1, heads=1))
     assert policy.name == name
     by_number = {"full", "ams_kv", "sliding_window", "streaming_llm", "heatkv"}
-    planes = {"centroid": ("log_weight",), "h2o": ("score",), "hackpp": ("scale",)}
+    ours, planes = ("centroid", "centroid_by_head"), {"h2o": ("score",), "hackpp": ("scale",)}
     assert policy.needs.content == (name not in by_number)
-    assert policy.needs.planes == planes.get(name, ())
-    assert policy.needs.folds == (name in ("centroid", "hack"))
+    assert policy.needs.planes == (("log_weight",) if name in ours else planes.get(name, ()))
+    assert policy.needs.folds == (name in (*ours, "hack"))
     scratch = policy.scratch(StepSizes(1, 1, 4, "float32", 3, 2, 4))
     assert bool(scratch) == policy.needs.content
     with pytest.raises(ValueError, match=f"unknown policy 'lru'; there are .*{name}"):

@@ -23,7 +23,7 @@ from policies import (
 from policies.budgets import check_allocation, proportional
 from policies.hack import budgets_by_kind
 from policies.heatkv import heads_removed, sources_kept
-from tests.support import profile_of
+from tests.profiles import profile_of
 
 INFINITY = infinity_schedule()
 X_T = {  # METHODS 5.2: model's heads, budget, x_t at t = 5..12

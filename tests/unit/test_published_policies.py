@@ -18,7 +18,7 @@ from policies import (
 )
 from policies.hack import contextual_heads
 from policies.scratch import lend
-from tests.support import profile_of
+from tests.profiles import profile_of
 
 
 def a_step(policy, schedule, at, cached, keep, seed=0, heads=2, dtype=torch.float32, **planes):

@@ -21,7 +21,8 @@ from policies.ams_kv import ams_kv_from
 from policies.base import Problem
 from policies.recency import highest
 from policies.scalekv import drafters_from_selectivity
-from tests.support import problem_of, profile_of, schedules
+from tests.profiles import problem_of, profile_of
+from tests.support import schedules
 from tests.unit.test_policies import tokens_of
 
 

@@ -10,7 +10,7 @@ from policies import Candidates, ScaleSchedule, StepSizes
 from policies.scoring import block_scratch
 from policies.scratch import lend
 from policies.sketches import sketch, sketch_scratch, sketch_size
-from tests.support import problem_of
+from tests.profiles import problem_of
 
 
 def sketched(keys, bias=None, kept=1000):
