@@ -35,7 +35,7 @@ def calibrate(
     draw: calls the model's own sampler once or more; all rows of all calls are averaged over.
     pictures: how many it draws, for the record. top_share: K' of ScaleKV's index as a share of the
     history (K' is not published). Costs about one more attention pass, and folding at four budgets
-    for at most 8 rows of the first drawing. Holds, beside the whole cache, one scale's keys of all
+    for at most 8 rows of one drawing. Holds, beside the whole cache, one scale's keys of all
     layers, float32 copies of one layer's, 14 bytes for each of at most 2^23 attention weights at a
     time (112 MiB), and half of those rows' history with the workspace of one fold.
     """
@@ -55,9 +55,7 @@ def calibrate(
             made.append(_Statistics(schedule, layers, view.softmax_scale, top_share))
         if made[0].schedule != schedule:
             raise ValueError("draw() drew in two schedules: a profile is of one")
-        made[0](scale, layer, first_row, q, keys)
-        if first_row == 0:
-            made[0].folds(q)(scale, layer, q, keys, values)
+        made[0](scale, layer, first_row, q, keys, values)
 
     with attach(model, "full", 1.0, embedding=embedding, observer=observe) as attached:
         try:
@@ -116,22 +114,21 @@ class _Statistics:
         self._last_keys: dict[tuple[int, int], Tensor] = {}
         self._folds: FoldErrors | None = None
 
-    def folds(self, q: Tensor) -> FoldErrors:
-        """The errors of folding; made when the first queries come."""
-        if self._folds is None:
-            self._folds = FoldErrors(self.schedule, self._layers, self._softmax_scale, q)
-        return self._folds
-
     def close(self) -> None:
         """End what a drawing that failed has left open."""
         if self._folds is not None:
             self._folds.close()
 
-    def __call__(self, scale: int, layer: int, first_row: int, q: Tensor, keys: Tensor) -> None:
+    def __call__(
+        self, scale: int, layer: int, first_row: int, q: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
         rows, fresh = q.shape[0], keys[:, :, -q.shape[1] :]
-        if self._sums is None:
+        if self._sums is None or self._folds is None:
             _, _, heads, dim = q.shape
             self._sums = _Sums(len(self.schedule), self._layers, heads, dim, q.device)
+            self._folds = FoldErrors(self.schedule, self._layers, self._softmax_scale, q)
+        if first_row == 0:
+            self._folds(scale, layer, q, keys, values)
         self._rows[scale, layer] += rows
         self._sums.queries[scale, layer] += q.mean(dim=1, dtype=torch.float32).sum(dim=0)
         self._add_attention(self._sums, scale, layer, q, keys)
@@ -192,16 +189,14 @@ class _Statistics:
         ScaleKV's eq. 2 has no quotient; without it a layer that never looks back scores like a
         drafter.
         """
-        sums, rows = self._sums, self._rows
-        if sums is None or not rows.all():
+        sums, rows, folds = self._sums, self._rows, self._folds
+        if sums is None or folds is None or not rows.all():
             raise ValueError("draw() did not run every scale and layer of the model's sampler")
         mass = sums.mass.cpu() / rows[:, None, :, None]
         own = mass.diagonal(dim1=0, dim2=1).mean(dim=1).t()  # [scales, layers]
         cached = (mass.sum(dim=1).mean(dim=2) - own).clamp_min(0.0)
         best = sums.best.cpu() / rows
         by_scale = zip(mass, range(1, len(self.schedule) + 1), strict=True)
-        folds = self._folds
-        assert folds is not None, "a row was seen"
         return Profile(
             version=2,
             model=name,

@@ -12,12 +12,12 @@ from kvruntime.options import CacheOptions
 from policies import CacheGeometry, Centroid, ScaleSchedule
 
 SHARES = (1 / 60, 1 / 25, 1 / 10, 1 / 4)  # of the history
-ROWS = 8  # at most, of the first drawing
+ROWS = 8  # at most, of one drawing
 
 
 class FoldErrors:
-    """Generations of ``centroid``, one for each share of the history, beside the first drawing on
-    the whole cache: on the same queries, keys and values of some rows.
+    """Generations of ``centroid``, one for each share of the history, beside the first whole
+    drawing on the uncompressed cache: on the same queries, keys and values of some rows.
 
     Holds half of these rows' history in pages, a workspace for one step, and sums in float64, which
     stay on the device until ``tables`` reads them.
@@ -46,7 +46,7 @@ class FoldErrors:
             for budget in self.tokens
         ]
         self._open: list[Generation] = []
-        self._has_drawn = False
+        self._has_seen_all = False
         with torch.inference_mode(False):  # they outlive a caller's inference_mode
             shape = (len(self.tokens), len(schedule), layers, geometry.heads)
             self._errors = torch.zeros(shape, dtype=torch.float64, device=q.device)
@@ -57,13 +57,13 @@ class FoldErrors:
         heads, cached + n, head_dim].
         """
         q, keys, values = (part[:ROWS] for part in (q, keys, values))
-        if scale == layer == 0:
+        if scale == layer == 0 and not self._has_seen_all:
             self.close()
-            if not self._has_drawn:
-                self._open = [cache.open(q.shape[0]) for cache in self._caches]
+            self._errors.zero_()
+            self._squares.zero_()
+            self._open = [cache.open(q.shape[0]) for cache in self._caches]
         if not self._open:
             return
-        self._has_drawn = True
         k, v = (part[:, :, -q.shape[1] :].transpose(1, 2) for part in (keys, values))
         whole = F.scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, scale=self._softmax_scale
@@ -75,6 +75,9 @@ class FoldErrors:
             error = generation.attend(layer, q, k, v).double().sub_(whole).square_()
             self._errors[place, scale, layer] += error.sum(dim=(0, 1, 3))
             cache.let_go()  # of its workspace: one is there at a time
+        if self._open[0].scale == len(self._schedule):
+            self._has_seen_all = True
+            self.close()
 
     def close(self) -> None:
         """End the generations. Twice is allowed."""

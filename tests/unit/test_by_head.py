@@ -162,18 +162,20 @@ def test_negative_errors_are_refused():
 
 
 def test_calibration_measures_what_folding_costs(tiny_model, monkeypatch):
-    """Of the first rows of the first drawing, beside the recorded steps of the same drawing."""
+    """Of the first rows of the first whole drawing, beside the recorded steps of the same one."""
     monkeypatch.setattr(kvruntime.fold_errors, "ROWS", 2)
     labels = torch.tensor([0, 2])
 
     def draw():
         tiny_model.generate(labels, seed=5)
 
-    def twice():
+    def several():
+        with pytest.raises(ZeroDivisionError):
+            tiny_model.draw(labels, lambda scale, logits: 1 // 0, 0.0)
         draw()
         tiny_model.generate(labels, seed=6)
 
-    profile = calibrate(tiny_model, twice, 4, "tiny")
+    profile = calibrate(tiny_model, several, 4, "tiny")
     steps = record(tiny_model, draw, 2)
     scale = 1.0
     _, wanted = attend_all(steps, CacheOptions("full", 1.0), scale)
