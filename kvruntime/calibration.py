@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvruntime.adapters import Embedding, attach, view_of
 from kvruntime.coding import Coding, Moments
-from kvruntime.fold_errors import FoldErrors
+from kvruntime.fold_errors import FoldMeasurement
 from kvruntime.reference import FOLDER, load_model
 from kvruntime.sizes import check_positive
 from policies import Profile, ScaleSchedule
@@ -37,7 +37,8 @@ def calibrate(
     history (K' is not published). Costs about one more attention pass, and folding at four budgets
     for at most 8 rows of one drawing. Holds, beside the whole cache, one scale's keys of all
     layers, float32 copies of one layer's, 14 bytes for each of at most 2^23 attention weights at a
-    time (112 MiB), and half of those rows' history with the workspace of one fold.
+    time (112 MiB), and 2/5 of those rows' history, in pages
+    of 16 tokens, with the workspace of one fold.
     """
     if not 0.0 < top_share <= 1.0:
         raise ValueError(f"top_share must be in (0, 1], got {top_share}")
@@ -112,7 +113,7 @@ class _Statistics:
         self._rows = torch.zeros(len(schedule), layers, dtype=torch.float64)
         self._sums: _Sums | None = None
         self._last_keys: dict[tuple[int, int], Tensor] = {}
-        self._folds: FoldErrors | None = None
+        self._folds: FoldMeasurement | None = None
 
     def close(self) -> None:
         """End what a drawing that failed has left open."""
@@ -126,14 +127,14 @@ class _Statistics:
         if self._sums is None or self._folds is None:
             _, _, heads, dim = q.shape
             self._sums = _Sums(len(self.schedule), self._layers, heads, dim, q.device)
-            self._folds = FoldErrors(self.schedule, self._layers, self._softmax_scale, q)
+            self._folds = FoldMeasurement(self.schedule, self._layers, self._softmax_scale, q)
         if first_row == 0:
             self._folds(scale, layer, q, keys, values)
         self._rows[scale, layer] += rows
         self._sums.queries[scale, layer] += q.mean(dim=1, dtype=torch.float32).sum(dim=0)
         self._add_attention(self._sums, scale, layer, q, keys)
         if scale:
-            last = self._last_keys.pop((layer, first_row))
+            last = self._last_keys.pop((layer, first_row))[:rows]  # guidance rows may go
             similarity = self._key_similarity(scale, last.float(), fresh.float())
             self._sums.similarity[scale, layer] += rows * similarity
         if scale + 1 < len(self.schedule):  # nobody compares with the last scale's

@@ -15,12 +15,12 @@ SHARES = (1 / 60, 1 / 25, 1 / 10, 1 / 4)  # of the history
 ROWS = 8  # at most, of one drawing
 
 
-class FoldErrors:
+class FoldMeasurement:
     """Generations of ``centroid``, one for each share of the history, beside the first whole
     drawing on the uncompressed cache: on the same queries, keys and values of some rows.
 
-    Holds half of these rows' history in pages, a workspace for one step, and sums in float64, which
-    stay on the device until ``tables`` reads them.
+    Holds 2/5 of these rows' history, in pages of 16 tokens, and a workspace for one step until that
+    drawing ends; sums in float64 stay on the device until ``tables`` reads them.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class FoldErrors:
         for generation in self._open:
             generation.close()
         self._open = []
+        for cache in self._caches:
+            cache.let_go()
 
     def tables(self) -> Tensor:
         """Squared errors over the layer's squares, [budgets, scales, layers, heads]."""

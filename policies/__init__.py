@@ -17,7 +17,7 @@ from policies.base import (
     StepSizes,
 )
 from policies.budgets import check_allocation
-from policies.by_head import CentroidByHead, centroid_by_head_from
+from policies.by_head import CentroidByHead, FoldErrors, centroid_by_head_from
 from policies.centroid import Centroid, centroid_from
 from policies.h2o import H2O
 from policies.hack import Hack, hack_from
@@ -70,6 +70,7 @@ __all__ = [
     "Candidates",
     "Centroid",
     "CentroidByHead",
+    "FoldErrors",
     "Full",
     "Hack",
     "HackPP",

@@ -10,31 +10,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.base import Allocation, Problem
-from policies.budgets import capped
 from policies.centroid import Centroid
 from policies.profile import Profile
 from policies.schedule import Lengths
 
-_LEAST_UNIT, _MOST_UNIT = 8, 64  # tokens; whole pages of any page size that the planner likes
+_LEAST_UNIT, _MOST_UNIT = 8, 64  # tokens
 _LEAST_ERROR = 1e-12  # whose logarithm is still finite
+_STEEPEST = -10.0  # power of the budget by which an error falls
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoldErrors:
     """errors [budgets, scales, layers, heads]: squared error of attention at a scale where each
-    lane was folded to ``tokens[budget]`` centroids before, over the squares of its layer.
+    lane was folded to ``tokens[budget]`` centroids before, over the squares of its layer. Raises
+    ValueError for less than two budgets, or such as do not ascend.
     """
 
     tokens: tuple[int, ...]
     errors: NDArray[np.float64]
 
+    def __post_init__(self) -> None:
+        tokens, shape = self.tokens, self.errors.shape
+        if len(tokens) < 2 or list(tokens) != sorted(set(tokens)) or tokens[0] < 1:
+            raise ValueError(f"tokens must be two budgets or more, ascending, got {tokens}")
+        if len(shape) != 4 or shape[0] != len(tokens):
+            raise ValueError(
+                f"errors must be [{len(tokens)}, scales, layers, heads], got {list(shape)}"
+            )
+
     def at(self, tokens: NDArray[np.int64], scale: int) -> NDArray[np.float64]:
-        """The errors at so many tokens, [layers, heads, tokens]: between measured budgets, and
-        beyond them, a power law.
+        """The errors at so many tokens, [layers, heads, tokens], convex and falling: between what
+        the lower hull of the measured ones keeps, and beyond, a power law.
         """
         x, given = np.log(self.tokens), np.log(tokens)
         y = np.log(np.maximum(self.errors[:, scale], _LEAST_ERROR))
-        slopes = np.diff(y, axis=0) / np.diff(x)[:, None, None]
+        y = _lower_hull(x, np.minimum.accumulate(y))
+        slopes = np.clip(np.diff(y, axis=0) / np.diff(x)[:, None, None], _STEEPEST, 0.0)
         piece = np.clip(np.searchsorted(x, given) - 1, 0, len(x) - 2)
         logs = y[piece] + slopes[piece] * (given - x[piece])[:, None, None]
         return np.moveaxis(np.exp(logs), 0, -1)
@@ -45,10 +56,13 @@ class CentroidByHead(Centroid):
     """``Centroid``, with as many centroids in a layer, but not as many in each of its heads, and a
     window of twice as many queries.
 
-    A layer's tokens are given out in units of 8 to 64, whole pages, at most a fifth of the budget:
-    each to the head whose error of the next scale's attention it lowers most, at every scale anew.
-    Below 40 tokens all heads get the same. Layers are not compared with each other: an error of
-    attention matters more in some than in others, by how much only the picture tells.
+    A layer's tokens are given out in units of 8, 16, 32 or 64, at most a fifth of the budget: each
+    to the head whose error of the next scale's attention it lowers most, at every scale anew. Below
+    40 tokens all heads get the same. Units are whole pages where the planner chooses the page size,
+    as it does for a budget in bytes; other pages are filled in part, and there are more of them.
+
+    Layers are not compared with each other: an error of attention matters more in some than in
+    others, by how much only the picture tells.
     """
 
     errors: FoldErrors
@@ -56,14 +70,14 @@ class CentroidByHead(Centroid):
     name: str = "centroid_by_head"
 
     def allocate(self, problem: Problem) -> Allocation:
-        Centroid.allocate(self, problem)  # raises for what does not fit
-        geometry = problem.geometry
-        wanted = (len(problem.schedule), geometry.layers, geometry.heads)
-        if self.errors.errors.shape[1:] != wanted:
+        even, geometry = Centroid.allocate(self, problem), problem.geometry
+        measured = self.errors.errors.shape[1:]
+        if measured != (len(problem.schedule), geometry.layers, geometry.heads):
             raise ValueError(
-                f"{self.name} was made for {self.errors.errors.shape[1:]}, the model is {wanted}"
+                f"{self.name}: errors of {measured} scales, layers and heads, the model has "
+                f"{(len(problem.schedule), geometry.layers, geometry.heads)}: calibrate it"
             )
-        even, unit = capped(problem), unit_of(problem.budget_tokens)
+        unit = unit_of(problem.budget_tokens)
         return Allocation(_shared(problem, self.errors, even.tokens, unit)) if unit else even
 
 
@@ -79,23 +93,35 @@ def _shared(problem: Problem, errors: FoldErrors, even: Lengths, unit: int) -> L
     """Lengths [scales, layers, heads] in units, once more is seen than the budget."""
     schedule, geometry = problem.schedule, problem.geometry
     lengths, given = even.copy(), geometry.heads * problem.budget_tokens // unit
-    for scale in range(1, len(schedule) - 1):
+    for scale in range(len(schedule) - 1):
         if schedule.seen[scale] <= problem.budget_tokens:
             continue
-        room = (lengths[scale - 1] + schedule.tokens[scale]) // unit  # units of each head
+        before = lengths[scale - 1]  # of scale 0 those after the last one, none
+        room = (before + schedule.tokens[scale]) // unit  # units of each head
         steps = np.arange(1, int(room.max()) + 1)
         found = errors.at(steps * unit, scale + 1)
         saved = np.full(found.shape, np.inf)  # nobody goes without
         saved[:, :, 1:] = -np.diff(found)
-        saved = np.minimum.accumulate(saved, axis=2)  # the next unit never saves more than the last
         saved[steps > room[:, :, None]] = -np.inf
-        by_layer = saved.reshape(geometry.layers, -1)
-        best = np.argsort(-by_layer, axis=1, kind="stable")[:, :given]
-        taken = np.zeros(by_layer.shape, dtype=bool)
+        by_unit = saved.swapaxes(1, 2).reshape(geometry.layers, -1)  # equal ones by turns
+        best = np.argsort(-by_unit, axis=1, kind="stable")[:, :given]
+        taken = np.zeros(by_unit.shape, dtype=bool)
         np.put_along_axis(taken, best, True, axis=1)
-        taken &= by_layer > -np.inf
-        lengths[scale] = unit * taken.reshape(found.shape).sum(axis=2)
+        taken &= by_unit > -np.inf
+        lengths[scale] = unit * taken.reshape(geometry.layers, -1, geometry.heads).sum(axis=1)
     return lengths
+
+
+def _lower_hull(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The greatest convex function of x [n] that is nowhere above y [n, ...]. O(n^3), for few."""
+    hull = y.copy()
+    for middle in range(1, len(x) - 1):
+        for left in range(middle):
+            for right in range(middle + 1, len(x)):
+                share = (x[middle] - x[left]) / (x[right] - x[left])
+                chord = (1 - share) * y[left] + share * y[right]
+                np.minimum(hull[middle], chord, out=hull[middle])
+    return hull
 
 
 def centroid_by_head_from(profile: Profile | None) -> CentroidByHead:

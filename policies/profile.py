@@ -21,7 +21,7 @@ from pydantic import (
 
 from policies.schedule import ScaleSchedule
 
-MAX_FILE_BYTES = 16 * 2**20
+MAX_FILE_BYTES = 64 * 2**20  # Infinity-8B has 26 MiB
 
 
 Table = tuple[tuple[FiniteFloat, ...], ...]
@@ -83,7 +83,15 @@ class Profile(DataFile):
         if layers == 0:
             raise ValueError("a profile needs at least one layer")
         if self.version == 1:
-            if self.mass or self.column_variance or self.query_means or self.fold_errors:
+            if any(
+                (
+                    self.mass,
+                    self.column_variance,
+                    self.query_means,
+                    self.fold_tokens,
+                    self.fold_errors,
+                )
+            ):
                 raise ValueError("a profile of version 1 has no statistics per head")
             return self
         heads = len(self.column_variance[0]) if self.column_variance else 0

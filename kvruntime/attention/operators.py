@@ -32,6 +32,7 @@ with warnings.catch_warnings():  # deprecations between xformers and triton
 
 warnings.filterwarnings("ignore", message="tl.make_block_ptr is deprecated")
 IS_INTERPRETED = type(splitk_kernels._splitK_reduce).__name__ == "InterpretedFunction"
+_FLASH_WIDTH = 256  # head dimension of flash attention on a GPU, at most
 BLOCKS = (64, 32, 16)  # keys the kernel takes at a time
 _MOST_PROGRAMS = 1024  # of the kernel at once, by splitting keys; several for each processor
 
@@ -59,14 +60,20 @@ def operator_for_gathered(
     inputs = fmha.Inputs(tokens, tokens, tokens, bias, scale=1.0)
     for operator in fmha.dispatch._dispatch_fw_priority_list(inputs, False):
         if not operator.not_supported_reasons(inputs):
-            return None if issubclass(operator, triton_splitk.FwOp) else operator
+            return operator
     return None
 
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """Attention [rows, n, heads, head_dim] and the logarithms of its normalisers, float32 [rows,
-    heads, n], for q, k and v of that shape: by torch's flash attention, which needs no compiler.
+    heads, n], for q, k and v of that shape: by torch's flash attention, which needs no compiler;
+    heads that are too wide for it by the paged kernel's operator.
     """
+    if q.shape[3] > _FLASH_WIDTH:
+        found: tuple[Tensor, Tensor] = fmha.memory_efficient_attention_partial(
+            q, k, v, scale=softmax_scale, op=paged_operator(BLOCKS[0], 1)
+        )
+        return found
     parts = [part.transpose(1, 2) for part in (q, k, v)]
     if q.device.type == "cuda":
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(

@@ -88,7 +88,9 @@ def run_step(
         q is not None
         and not step.shape.attended
         and pages is not None
-        and runner.backend.reads_pages(pages, q.shape[1], step.shape.is_ragged)
+        and runner.backend.reads_pages(
+            pages, q.shape[1], step.shape.is_ragged and not step.shape.needs_candidates
+        )
     )
     is_observed = q is not None and runner.observer is not None
     needs = is_observed or step.shape.needs_candidates or (q is not None and not from_pages)

@@ -67,11 +67,32 @@ def test_errors_follow_a_power_law_between_budgets_and_beyond():
         assert np.allclose(found, lower * (tokens / 4) ** -power)
 
 
-def test_an_error_of_nothing_is_one():
-    """Where a head folds without loss."""
-    errors = FoldErrors((4, 16), np.zeros((2, 6, 2, HEADS)))
+@pytest.mark.parametrize("error", [0.0, 0.3])
+def test_heads_without_a_difference_get_the_same(error):
+    """Where they fold without loss, or more tokens are of no use."""
+    errors = FoldErrors((4, 16), np.full((2, 6, 2, HEADS), error))
     assert np.isfinite(errors.at(np.array([1, 8, 100]), 3)).all()
-    assert (allocate(policy_of(errors), 40)[2:5].sum(-1) == 120).all()
+    assert (allocate(policy_of(errors), 40)[2:5] == 40).all()
+
+
+def test_errors_are_read_as_convex_and_falling():
+    """One budget that was measured worse than a smaller one, or hardly better, decides nothing."""
+    measured = np.zeros((3, 6, 2, 2))
+    measured[..., 0] = np.array([0.1, 0.1001, 0.01])[:, None, None]
+    measured[..., 1] = np.array([0.1, 0.099, 0.098])[:, None, None]
+    errors = FoldErrors((8, 16, 64), measured)
+    between = 10 ** (-1 - np.log(2) / np.log(8))
+    assert errors.at(np.array([8, 16, 64]), 3)[0, 0] == pytest.approx([0.1, between, 0.01])
+    assert allocate(policy_of(errors), 40, heads=2)[4].tolist() == [[72, 8]] * 2
+    steep = FoldErrors((1000, 1001), np.array([1.0, 0.0])[:, None, None, None] + measured[:1])
+    assert np.isfinite(steep.at(np.array([1, 10, 100]), 3)).all()
+
+
+def test_a_first_scale_that_is_large_is_shared_too():
+    schedule = ScaleSchedule.of([16, 16])
+    errors = falling(np.random.default_rng(1), schedule=schedule)
+    tokens = allocate(policy_of(errors), 40, schedule=schedule)
+    assert (tokens[0].sum(1) == 120).all() and np.ptp(tokens[0], axis=1).all()
 
 
 @given(seed=st.integers(0, 1000), budget=st.integers(1, 130))
@@ -92,7 +113,8 @@ def test_a_layer_keeps_its_budget_in_units(seed, budget):
 def test_no_other_share_of_the_units_has_less_error():
     rng = np.random.default_rng(3)
     for budget in (40, 55):
-        errors = falling(rng)
+        kinks = np.exp(rng.normal(scale=0.5, size=(3, 6, 2, HEADS)))
+        errors = FoldErrors((4, 16, 64), falling(rng).errors * kinks)
         tokens, unit = allocate(policy_of(errors), budget), unit_of(budget)
         count = HEADS * budget // unit
         for layer in range(2):
@@ -128,10 +150,17 @@ def test_a_generation_of_heads_of_different_length(options, workspace):
 
 def test_what_does_not_fit_is_refused():
     errors = falling(np.random.default_rng(0))
-    with pytest.raises(ValueError, match=r"made for \(6, 2, 3\), the model is \(6, 2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"errors of \(6, 2, 3\) scales, layers and heads, .* \(6, 2, 4\)"
+    ):
         allocate(policy_of(errors), 40, heads=4)
     with pytest.raises(ValueError, match="keeps none"):
         allocate(policy_of(errors), 0)
+    for tokens in ((4,), (16, 4, 64), (4, 4, 16)):
+        with pytest.raises(ValueError, match="two budgets or more, ascending"):
+            FoldErrors(tokens, errors.errors[: len(tokens)])
+    with pytest.raises(ValueError, match=r"errors must be \[2, scales, layers, heads\], got \[3"):
+        FoldErrors((4, 16), errors.errors)
     for profile in (None, profile_of(SCHEDULE, 2)):
         with pytest.raises(ValueError, match="needs a profile with the errors of folding"):
             make_policy("centroid_by_head", profile)
@@ -144,6 +173,10 @@ def test_what_does_not_fit_is_refused():
         ({"fold_tokens": (4,)}, "two budgets or more"),
         ({"fold_tokens": (1, 4)}, "fold_errors must be of 2 budgets"),
         ({"fold_errors": ()}, "fold_errors must be of 3 budgets, 6 scales, 2 layers of 3 heads"),
+        (
+            {"version": 1, "mass": (), "column_variance": (), "query_means": (), "fold_errors": ()},
+            "1",
+        ),
         ({"version": 1, "mass": (), "column_variance": (), "query_means": ()}, "version 1"),
     ],
 )
@@ -169,9 +202,14 @@ def test_calibration_measures_what_folding_costs(tiny_model, monkeypatch):
     def draw():
         tiny_model.generate(labels, seed=5)
 
+    def give_up(scale, logits):
+        if scale == 7:
+            raise KeyboardInterrupt
+        return logits.argmax(-1)
+
     def several():
-        with pytest.raises(ZeroDivisionError):
-            tiny_model.draw(labels, lambda scale, logits: 1 // 0, 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_model.draw(labels, give_up, 0.0)
         draw()
         tiny_model.generate(labels, seed=6)
 
@@ -191,13 +229,13 @@ def test_calibration_measures_what_folding_costs(tiny_model, monkeypatch):
 
 def test_a_drawing_that_fails_leaves_no_generation(tiny_model, monkeypatch):
     closed = []
-    close = kvruntime.fold_errors.FoldErrors.close
+    close = kvruntime.fold_errors.FoldMeasurement.close
 
     def watched(folds):
         closed.extend(folds._open)
         close(folds)
 
-    monkeypatch.setattr(kvruntime.fold_errors.FoldErrors, "close", watched)
+    monkeypatch.setattr(kvruntime.fold_errors.FoldMeasurement, "close", watched)
 
     def draw():
         attention = tiny_model.blocks[1].attention

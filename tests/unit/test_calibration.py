@@ -11,7 +11,7 @@ import kvruntime.calibration
 from benchmarks.memory import peak_allocated_bytes
 from kvruntime import PagedKVCache
 from kvruntime.calibration import calibrate
-from kvruntime.fold_errors import FoldErrors
+from kvruntime.fold_errors import FoldMeasurement
 from kvruntime.reference.tokenizer import PATCH_SIDES
 from kvruntime.reference.transformer import SelfAttention
 from policies import ScaleSchedule
@@ -152,7 +152,7 @@ def test_memory_is_bounded_as_stated(tiny_model, monkeypatch):
     measured = peak_allocated_bytes(lambda: calibrate(tiny_model, draw, 2, "tiny"))
     keys = 4 * 2 * 16 * 4 * 256  # rows, heads, head_dim, bytes, tokens of the last scale
     schedule = ScaleSchedule.of(PATCH_SIDES)
-    folds = FoldErrors(schedule, 2, 1.0, torch.zeros(4, 1, 2, 16))
+    folds = FoldMeasurement(schedule, 2, 1.0, torch.zeros(4, 1, 2, 16))
     plans = [cache.plan(4) for cache in folds._caches]
     pages = sum(plan.page_bytes for plan in plans)
     assert pages <= 0.5 * plans[0].baseline_bytes()["history_bytes"]
