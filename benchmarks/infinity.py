@@ -25,8 +25,10 @@ import kvruntime
 from benchmarks.common import interleaved, peak_of, ratios, spread, synchronise
 from kvruntime.catalogue import find_model, infinity_schedule
 from kvruntime.models import Built, build
+from kvruntime.models.infinity import SIZES
 from policies import TORCH_DTYPES
 
+_RELEASED_LAYERS = 32  # those of 2B, whose budgets its code reads
 CASES: dict[str, tuple[str, float | str, dict[str, Any]]] = {
     "full": ("full", 1.0, {}),
     "scalekv": ("scalekv", 0.10, {}),
@@ -48,8 +50,9 @@ def run(
 ) -> dict[str, Any]:
     """repo: a checkout of FoundationVision/Infinity. released: one of StargazerX0/ScaleKV. depth:
     fewer layers than the model has.
+    Raises ValueError for a model, or a number of layers, that there is not.
     """
-    device = torch.device(device)
+    device, layers = torch.device(device), _layers(model, depth, released is not None)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Infinity compiles its norms
     chosen: dict[str, Any] = {"device": device, "dtype": TORCH_DTYPES[dtype], "depth": depth}
     built = build(model, repo, stand_ins=True, **chosen)
@@ -77,7 +80,7 @@ def run(
     times = interleaved(runs, repeats, progress)
     report: dict[str, Any] = {
         "model": model,
-        "layers": depth or find_model(model).geometry.layers,
+        "layers": layers,
         "pictures": pictures,
         "device": device.type,
         "dtype": dtype,
@@ -103,6 +106,20 @@ def run(
         faster = ratios(times["released"], times["scalekv"])
         report["scalekv_times_faster_than_released"] = spread(faster)
     return report
+
+
+def _layers(model: str, depth: int | None, is_beside_released: bool) -> int:
+    if model not in SIZES:
+        raise ValueError(f"{model!r} is not one of {', '.join(SIZES)}")
+    most = find_model(model).geometry.layers
+    layers = depth or most
+    if layers > most:
+        raise ValueError(f"{model} has {most} layers, depth is {depth}")
+    if is_beside_released and layers > _RELEASED_LAYERS:
+        raise ValueError(
+            f"the released budgets are for {_RELEASED_LAYERS} layers, here are {layers}"
+        )
+    return layers
 
 
 def _attached(

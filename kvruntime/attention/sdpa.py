@@ -22,7 +22,7 @@ class SDPA:
     ) -> Tensor:
         q = q.transpose(1, 2)
         if bias is not None and q.device.type == "cuda":
-            bias = bias.to(q.dtype)  # kernels there read float32 as if it were that
+            bias = bias.to(q.dtype)  # torch 2.11's kernels read float32 as if it were that
         out = F.scaled_dot_product_attention(q, keys, values, bias, scale=softmax_scale)
         return out.transpose(1, 2)
 

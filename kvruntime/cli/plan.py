@@ -26,7 +26,7 @@ from kvruntime.cli.common import (
 from kvruntime.options import CacheOptions
 from kvruntime.planning import Plan, max_rows, planner, require
 from kvruntime.sizes import check_positive, parse_bytes
-from policies import AMSKV, DTYPE_BYTES, Policy, ScaleKV
+from policies import AMSKV, DTYPE_BYTES, CentroidByHead, HackPP, HeatKV, Policy, ScaleKV
 
 
 def plan_command(
@@ -93,7 +93,9 @@ def _reserved_bytes(text: str | None) -> int:
 
 
 def _roles(policy: Policy) -> str:
-    """Where the roles of layers come from: a published preset, a profile, or nowhere."""
+    """Where the roles of layers or heads come from: a published preset, a profile, or nowhere."""
+    if isinstance(policy, HackPP | HeatKV | CentroidByHead):
+        return "profile"
     if isinstance(policy, ScaleKV):
         return "preset" if policy.published else "profile" if policy.drafters else "none"
     return "profile" if isinstance(policy, AMSKV) and policy.demanding else "none"

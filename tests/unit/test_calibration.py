@@ -171,7 +171,8 @@ def test_a_profile_is_of_one_schedule():
 
     with pytest.raises(ValueError, match="drew in two schedules"):
         calibrate(painter, draw, 1, "painter", PAINTER)
-    profile = calibrate(painter, lambda: painter(text, guided=2), 1, "painter", PAINTER)
+    two = torch.zeros(2, 2, 8)  # of whose four rows two go at scale 2
+    profile = calibrate(painter, lambda: painter(two, guided=2), 2, "painter", PAINTER)
     assert profile.sizes == tuple((side, side) for side in SIDES) and profile.layers == 2
     with kvruntime.attach(painter, "scalekv", 20, embedding=PAINTER, profile=profile) as attached:
         painter(text)
