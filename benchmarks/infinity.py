@@ -50,9 +50,9 @@ def run(
 ) -> dict[str, Any]:
     """repo: a checkout of FoundationVision/Infinity. released: one of StargazerX0/ScaleKV. depth:
     fewer layers than the model has.
-    Raises ValueError for a model, or a number of layers, that there is not.
+    Raises ValueError as ``layers_of``.
     """
-    device, layers = torch.device(device), _layers(model, depth, released is not None)
+    device, layers = torch.device(device), layers_of(model, depth, released is not None)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Infinity compiles its norms
     chosen: dict[str, Any] = {"device": device, "dtype": TORCH_DTYPES[dtype], "depth": depth}
     built = build(model, repo, stand_ins=True, **chosen)
@@ -108,7 +108,10 @@ def run(
     return report
 
 
-def _layers(model: str, depth: int | None, is_beside_released: bool) -> int:
+def layers_of(model: str, depth: int | None, is_beside_released: bool) -> int:
+    """Layers that are drawn through. Raises ValueError for a model, or a number of them, that there
+    is not, and for more than the released code has budgets for.
+    """
     if model not in SIZES:
         raise ValueError(f"{model!r} is not one of {', '.join(SIZES)}")
     most = find_model(model).geometry.layers

@@ -76,6 +76,18 @@ def test_attention(call, small_attention):
     assert "'infinity-2b' is not one of infinity-125m/float32" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--model", "var-d16"), "'var-d16' is not one of infinity-125m, infinity-2b"),
+        (("--depth", "13"), "infinity-125m has 12 layers, depth is 13"),
+        (("--model", "infinity-8b", "--released", "."), "budgets are for 32 layers, here are 40"),
+    ],
+)
+def test_infinity_refuses_what_there_is_not(call, options, says):
+    assert says in call("infinity", "--repo", ".", *options, code=2).stderr
+
+
 def test_attention_beside_a_load(call, small_attention):
     report = call("attention", "--repeats", "1", "--only", "infinity-2b/float32", "--beside-load")
     assert report["options"] == {"only": "infinity-2b/float32", "beside_load": True}
