@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 _BASELINES = ("random", "sliding_window", "streaming_llm")
 _STYLES = {None: "-", "int4": "--", "coded3": ":"}
-_OURS = {"centroid": "black", "centroid_by_head": "crimson"}
+_OURS = {"centroid": "black", "centroid_by_head": "teal"}
 _TICKS = (1, 2, 4, 10, 20, 40)
 
 

@@ -92,7 +92,7 @@ def test_a_budget_that_nobody_can_work_with(tiny_model):
 
 def test_the_bundled_preset():
     preset, model = load_cache_preset(FOLDER / "preset.json"), load_model()
-    assert (preset.policy, preset.kv_dtype, preset.budget) == ("centroid", "coded3", "2%")
+    assert (preset.policy, preset.kv_dtype, preset.budget) == ("centroid_by_head", "coded3", "2%")
     assert {trial.policy for trial in preset.trials} == set(POLICY_NAMES) - {"full"}
     with kvruntime.attach(model, preset=preset) as cache:
         model.generate(LABELS)
