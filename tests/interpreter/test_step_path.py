@@ -42,4 +42,4 @@ def test_nothing_is_read_back(xformers, monkeypatch, records, rows, weighted):
     lanes = Lanes(pool.view(layout), tables, tables[:, 0].contiguous(), 100, weighted)
     out = backend.attend_pages(q, k, v, lanes, 0.2)
     assert out.shape == q.shape and out.dtype == q.dtype
-    assert 2 <= NoKernel.launches <= 4, "a kernel for the pages, one for the scale, their sums"
+    assert 1 <= NoKernel.launches <= 2, "a kernel for the pages, and the sum of its splits"
