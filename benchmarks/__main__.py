@@ -197,13 +197,11 @@ def _infinity(
         "device": device,
     }
 
-    try:
-        infinity.layers_of(model, depth, released is not None)
-    except ValueError as error:
-        _fail(str(error), BAD_INPUT)
-
     def run(progress: Progress) -> Any:
-        return infinity.run(repeats, progress, repo, released, **options)
+        try:
+            return infinity.run(repeats, progress, repo, released, **options)
+        except ValueError as error:
+            _fail(str(error), BAD_INPUT)
 
     _report("infinity", out, run, repeats, **options)
 

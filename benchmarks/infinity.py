@@ -50,9 +50,9 @@ def run(
 ) -> dict[str, Any]:
     """repo: a checkout of FoundationVision/Infinity. released: one of StargazerX0/ScaleKV. depth:
     fewer layers than the model has.
-    Raises ValueError as ``layers_of``.
+    Raises ValueError for a model, or a number of layers, that there is not.
     """
-    device, layers = torch.device(device), layers_of(model, depth, released is not None)
+    device, layers = torch.device(device), _layers_of(model, depth, released is not None)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Infinity compiles its norms
     chosen: dict[str, Any] = {"device": device, "dtype": TORCH_DTYPES[dtype], "depth": depth}
     built = build(model, repo, stand_ins=True, **chosen)
@@ -108,7 +108,7 @@ def run(
     return report
 
 
-def layers_of(model: str, depth: int | None, is_beside_released: bool) -> int:
+def _layers_of(model: str, depth: int | None, is_beside_released: bool) -> int:
     """Layers that are drawn through. Raises ValueError for a model, or a number of them, that there
     is not, and for more than the released code has budgets for.
     """

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.base import Allocation, Problem
-from policies.centroid import Centroid
+from policies.centroid import Centroid, centroid_from
 from policies.profile import Profile
 from policies.schedule import Lengths
 
@@ -131,6 +131,6 @@ def centroid_by_head_from(profile: Profile | None) -> CentroidByHead:
             "centroid_by_head needs a profile with the errors of folding: calibrate() makes one"
         )
     return CentroidByHead(
-        query_means=np.array(profile.query_means, dtype=np.float32),
+        query_means=centroid_from(profile).query_means,
         errors=FoldErrors(profile.fold_tokens, np.array(profile.fold_errors)),
     )

@@ -5,8 +5,9 @@ validated.
 from __future__ import annotations
 
 import stat
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,36 +78,25 @@ class Profile(DataFile):
         _ = self.schedule  # raises ValueError for sizes that are no schedule
         scales, layers = len(self.sizes), len(self.selectivity[0]) if self.selectivity else 0
         for name in ("selectivity", "similarity", "cached_mass"):
-            table = getattr(self, name)
-            if len(table) != scales or any(len(line) != layers for line in table):
+            if not _has_shape(getattr(self, name), scales, layers):
                 raise ValueError(f"{name} must be {scales} scales of {layers} layers")
         if layers == 0:
             raise ValueError("a profile needs at least one layer")
         if self.version == 1:
-            if any(
-                (
-                    self.mass,
-                    self.column_variance,
-                    self.query_means,
-                    self.fold_tokens,
-                    self.fold_errors,
-                )
-            ):
+            by_head = self.mass, self.column_variance, self.query_means
+            if any((*by_head, self.fold_tokens, self.fold_errors)):
                 raise ValueError("a profile of version 1 has no statistics per head")
             return self
         heads = len(self.column_variance[0]) if self.column_variance else 0
         shape = f"{layers} layers of {heads} heads"
-        if not heads or not _is_table(self.column_variance, layers, heads):
+        if not heads or not _has_shape(self.column_variance, layers, heads):
             raise ValueError(f"column_variance must be {layers} layers of so many heads each")
         if [len(sources) for sources in self.mass] != list(range(1, scales + 1)):
             raise ValueError("mass must be of 1, 2, ... source scales, one more at each scale")
-        if not all(_is_table(table, layers, heads) for line in self.mass for table in line):
+        if not all(_has_shape(line, len(line), layers, heads) for line in self.mass):
             raise ValueError(f"mass of each source scale must be {shape}")
         dim = len(self.query_means[0][0][0]) if self.query_means and self.query_means[0] else 0
-        if len(self.query_means) != scales or not all(
-            len(line) == layers and all(_is_table(table, heads, dim) for table in line)
-            for line in self.query_means
-        ):
+        if not _has_shape(self.query_means, scales, layers, heads, dim):
             raise ValueError(f"query_means must be of {scales} scales, {shape}")
         self._check_fold_errors(scales, layers, heads)
         return self
@@ -115,10 +105,7 @@ class Profile(DataFile):
         tokens, errors = self.fold_tokens, self.fold_errors
         if list(tokens) != sorted(set(tokens)) or len(tokens) == 1:
             raise ValueError(f"fold_tokens must be two budgets or more, ascending, got {tokens}")
-        if len(errors) != len(tokens) or not all(
-            len(line) == scales and all(_is_table(table, layers, heads) for table in line)
-            for line in errors
-        ):
+        if not _has_shape(errors, len(tokens), scales, layers, heads):
             raise ValueError(
                 f"fold_errors must be of {len(tokens)} budgets, {scales} scales, "
                 f"{layers} layers of {heads} heads"
@@ -149,8 +136,9 @@ class Profile(DataFile):
         Path(path).write_text(self.model_dump_json(indent=1) + "\n")
 
 
-def _is_table(table: Table, layers: int, heads: int) -> bool:
-    return len(table) == layers and all(len(line) == heads for line in table)
+def _has_shape(values: Sequence[Any], size: int, *sizes: int) -> bool:
+    """Whether the nested tuples are an array of these sizes."""
+    return len(values) == size and (not sizes or all(_has_shape(each, *sizes) for each in values))
 
 
 class Preset(DataFile):
