@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def exit_codes() -> Iterator[None]:
         if sys.stdout is None:  # as a shell's >&- leaves it
             raise OSError("standard output is closed")
         yield
+        sys.stdout.flush()  # while an error can still be told
     except (WillNeverFit, OutOfPages, MemoryError) as error:
         Console(stderr=True).print(
             f"not enough memory: {error}", style="red", markup=False, soft_wrap=True
@@ -70,6 +72,18 @@ def exit_codes() -> Iterator[None]:
     except (ValueError, OverflowError, KVRuntimeError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None
+    finally:
+        _drop_what_cannot_be_written()
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Else Python tries once more when it ends, and exits with a code of its own."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The command line: stable names in the JSON, exit codes, nothing but JSON on stdout."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -215,10 +216,15 @@ def test_demo_into_a_folder_that_is_in_the_way(tmp_path):
     assert result.exit_code == 2 and "file" in result.stderr
 
 
-def test_a_closed_or_full_stdout_is_one_line_on_stderr():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_or_full_stdout_is_one_line_on_stderr(unbuffered):
+    """Also where Python writes only when the command is done."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     for target in (">&-", "> /dev/full"):
         command = f"{sys.executable} -m kvruntime plan var-d16 --json {target}"
-        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+        done = subprocess.run(
+            ["sh", "-c", command], capture_output=True, text=True, env=environment
+        )
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
