@@ -26,6 +26,7 @@ from policies.heatkv import HeatKV, heatkv_from
 from policies.profile import Preset, Profile, load_preset, load_profile, preset_names
 from policies.random import Random
 from policies.recency import Full, SlidingWindow, StreamingLLM
+from policies.released import load_heatkv_orders, load_scalekv_budgets
 from policies.scalekv import ScaleKV, scalekv_from
 from policies.schedule import DTYPE_BYTES, CacheGeometry, Lengths, ScaleSchedule
 from policies.scratch import TORCH_DTYPES, Region, held_bytes, torch_bytes
@@ -93,8 +94,10 @@ __all__ = [
     "StreamingLLM",
     "check_allocation",
     "held_bytes",
+    "load_heatkv_orders",
     "load_preset",
     "load_profile",
+    "load_scalekv_budgets",
     "make_policy",
     "preset_names",
     "torch_bytes",

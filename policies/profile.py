@@ -160,6 +160,12 @@ class Preset(DataFile):
     @model_validator(mode="after")
     def _shapes(self) -> Preset:
         count = len(self.sizes) - self.first_scale
+        early = self.schedule.seen[self.first_scale - 2] if self.first_scale > 1 else 0
+        if early > self.budget_tokens:
+            raise ValueError(
+                f"scale {self.first_scale - 1} reads {early} tokens, more than the budget of "
+                f"{self.budget_tokens}, and the budgets start one scale later"
+            )
         if len(self.drafters) != count or len(self.budgets) != count:
             raise ValueError(f"drafters and budgets must name {count} scales")
         for layers, (drafter, refiner) in zip(self.drafters, self.budgets, strict=True):
@@ -171,7 +177,7 @@ class Preset(DataFile):
         return self
 
 
-_File = TypeVar("_File", bound=DataFile)
+_File = TypeVar("_File", bound=BaseModel)
 
 
 def load_profile(path: Path | str) -> Profile:

@@ -1,6 +1,5 @@
 """Published policies against their sources: budgets, in golden figures."""
 
-import json
 import os
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from policies import (
     Problem,
     PyramidKV,
     ScaleSchedule,
+    load_heatkv_orders,
     make_policy,
 )
 from policies.budgets import check_allocation, proportional
@@ -81,8 +81,7 @@ def test_heatkv_keeps_to_its_budget(budget, strict):
 @pytest.mark.skipif("KVRUNTIME_HEATKV" not in os.environ, reason="KVRUNTIME_HEATKV=its checkout")
 def test_heatkv_strict_on_the_published_orders():
     """METHODS 5.2: atoms that go early at scales 8 to 11, Infinity-2B, 10 %; mean tokens a head."""
-    read = json.loads((Path(os.environ["KVRUNTIME_HEATKV"]) / "orders/2b.json").read_text())
-    orders = [[(layer, head) for head, layer in order] for order in read]
+    orders = load_heatkv_orders(Path(os.environ["KVRUNTIME_HEATKV"]) / "orders/2b.json").orders
     budget = 0.1 * INFINITY.history
     late, early = (
         sources_kept(orders, INFINITY, (32, 16), budget, 3, strict) for strict in (False, True)
