@@ -20,13 +20,16 @@ for _package in (_allocator, _policies):
         )
 
 from kvruntime.adapters import Embedding, Parity, attach, check
+from kvruntime.admission import Admission, AdmissionStats, Ticket
 from kvruntime.cache import PagedKVCache
 from kvruntime.errors import (
     BackendUnavailable,
+    Cancelled,
     EmbeddingError,
     KVRuntimeError,
     OutOfPages,
     PageStateError,
+    QueueFull,
     ScheduleError,
     UnsupportedModel,
     WillNeverFit,
@@ -42,10 +45,13 @@ from policies import Allocation, CacheGeometry, Policy, ScaleSchedule, Selection
 __version__ = "0.1.0"
 
 __all__ = [
+    "Admission",
+    "AdmissionStats",
     "Allocation",
     "BackendUnavailable",
     "CacheGeometry",
     "CacheOptions",
+    "Cancelled",
     "Embedding",
     "EmbeddingError",
     "Generation",
@@ -58,10 +64,12 @@ __all__ = [
     "Pool",
     "PoolStats",
     "Provenance",
+    "QueueFull",
     "ScaleSchedule",
     "ScheduleError",
     "Selection",
     "Stats",
+    "Ticket",
     "UnsupportedModel",
     "WillNeverFit",
     "attach",

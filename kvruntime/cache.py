@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvruntime.admission import Admission, Ticket
 from kvruntime.attention import choose_backend
 from kvruntime.errors import WillNeverFit
 from kvruntime.generation import Generation
@@ -15,8 +16,8 @@ from kvruntime.planning import WORKSPACE_LIMIT, Plan, choose_policy, make_plan, 
 from kvruntime.planning.workspace import Workspaces
 from kvruntime.sizes import LARGEST, rows_by_scale
 from kvruntime.step.run import Observer, Runner
-from kvruntime.storage.memory import free_bytes
-from kvruntime.storage.pool import Pool, real_device
+from kvruntime.storage.memory import free_bytes, real_device
+from kvruntime.storage.pool import Pool
 from policies import CacheGeometry, ScaleSchedule
 
 _WORKSPACE_SHARE = 8  # of the device's free memory: one part
@@ -28,6 +29,8 @@ class PagedKVCache:
     ``open(rows)`` starts a generation; several may be open at once, and each thread may have its
     own. pool: shared with other caches, of whatever geometry; None: each generation gets one of
     exactly its planned pages, which is kept for the next one of as many rows.
+    admission: who may draw, of all that share its pool, which needs no ``pool`` beside it: ``open``
+    waits for its turn then, and so does a generation where it needs more pages.
 
     softmax_scale: factor on q . k; head_dim ** -0.5 for plain attention, 1 for cosine attention,
     whose queries carry their own scale. There is no default: a wrong one draws wrong pictures
@@ -48,6 +51,7 @@ class PagedKVCache:
         *,
         softmax_scale: float,
         pool: Pool | None = None,
+        admission: Admission | None = None,
         device: torch.device | str = "cpu",
         observer: Observer | None = None,
         own: CacheGeometry | None = None,
@@ -61,6 +65,7 @@ class PagedKVCache:
             ("geometry", geometry, CacheGeometry),
             ("schedule", schedule, ScaleSchedule),
             ("pool", pool, Pool | None),
+            ("admission", admission, Admission | None),
         ):
             if not isinstance(value, kind):
                 raise ValueError(f"{name} must be a {kind}, got {value!r}")
@@ -69,6 +74,11 @@ class PagedKVCache:
                 f"attention wants K and V in one dtype, got {geometry.key_dtype} and "
                 f"{geometry.value_dtype}"
             )
+        if admission is not None:
+            if pool not in (None, admission.pool):
+                raise ValueError("pool is another one than the admission's: give one of both")
+            pool = admission.pool
+        self._admission = admission
         self.geometry, self.schedule = geometry, schedule
         self.options = options or CacheOptions()
         self._softmax_scale = check_softmax_scale(softmax_scale)
@@ -140,13 +150,20 @@ class PagedKVCache:
             own=self._own,
         )
 
-    def open(self, rows: int, rows_from: Mapping[int, int] | None = None) -> Generation:
+    def open(
+        self,
+        rows: int,
+        rows_from: Mapping[int, int] | None = None,
+        ticket: Ticket | None = None,
+    ) -> Generation:
         """Start a generation of ``rows`` rows (guidance rows included). rows_from: {scale: rows
-        from there on}; ``keep_rows`` goes before each of those scales.
+        from there on}; ``keep_rows`` goes before each of those scales. ticket: of
+        ``Admission.acquire`` or ``submit``, for the plan of these rows; None: with an admission,
+        wait for a new one here.
 
-        Raises ValueError for bad rows, WillNeverFit if ``memory`` or the pool is too small, and
-        OutOfPages if what the pool has promised to others leaves too little now; all before
-        anything is allocated.
+        Raises ValueError for bad rows or a ticket of another plan, WillNeverFit if ``memory`` or
+        the pool is too small, and OutOfPages if what the pool has promised to others leaves too
+        little now; all before anything is allocated. With an admission also QueueFull, Cancelled.
         """
         plan = self.plan(rows, rows_from)
         if self.options.memory is not None:
@@ -158,7 +175,24 @@ class PagedKVCache:
         runner = Runner(
             plan, pool, self._backend, self._softmax_scale, self._observer, self._coding
         )
-        return Generation(runner, self._workspaces, self.facts, on_close)
+        ticket = self._admitted(plan, ticket)
+        return Generation(runner, self._workspaces, self.facts, on_close, ticket)
+
+    def _admitted(self, plan: Plan, ticket: Ticket | None) -> Ticket | None:
+        """The ticket that a generation of this plan draws on; waits until it may."""
+        if self._admission is None:
+            if ticket is not None:
+                raise ValueError("a ticket goes with the admission that gave it: this has none")
+            return None
+        if ticket is None:
+            return self._admission.open(plan)
+        if not self._admission.gave(ticket, plan):
+            raise ValueError(
+                f"the ticket is of another admission, or of another plan than this one, which has "
+                f"{plan.peak_pages} pages at its peak: submit(cache.plan(rows)) of this very cache"
+            )
+        ticket.take()
+        return ticket
 
     def _own_pool(self, plan: Plan) -> Pool:
         """The pool of the last generation if it has the planned pages, else a new one."""

@@ -4,6 +4,8 @@ KVRuntimeError
  +- OutOfPages          the pool has fewer free pages than asked (allocator)
  +- PageStateError      a page id that is foreign, free already, or named twice (allocator)
  +- WillNeverFit        a generation needs more memory than it may have, whatever else ends
+ +- QueueFull           as many generations wait for the pool as may
+ +- Cancelled           somebody gave this generation's place up
  +- ScheduleError       the calls do not follow the schedule, or no generation is open
  +- BackendUnavailable  an attention back end cannot run here
  +- UnsupportedModel    attach() does not recognise the model
@@ -24,6 +26,18 @@ class WillNeverFit(KVRuntimeError):
     def __init__(self, needed: int, total: int, advice: str) -> None:
         super().__init__(f"{needed} bytes needed, {total} allowed: {advice}")
         self.needed, self.total = needed, total
+
+
+class QueueFull(KVRuntimeError):
+    """Refused: so many generations wait already, and no more than ``most`` may."""
+
+    def __init__(self, waiting: int, most: int) -> None:
+        super().__init__(f"{waiting} generations wait for the pool, {most} may: try again later")
+        self.waiting, self.most = waiting, most
+
+
+class Cancelled(KVRuntimeError):
+    """Raised in the thread that draws or waits, after Ticket.cancel(); the generation closes."""
 
 
 class ScheduleError(KVRuntimeError):
@@ -61,10 +75,12 @@ class EmbeddingError(KVRuntimeError):
 
 __all__ = [
     "BackendUnavailable",
+    "Cancelled",
     "EmbeddingError",
     "KVRuntimeError",
     "OutOfPages",
     "PageStateError",
+    "QueueFull",
     "ScheduleError",
     "UnsupportedModel",
     "WillNeverFit",

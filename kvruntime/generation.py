@@ -9,18 +9,18 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from allocator import BlockTable
+from kvruntime.admission import Ticket
 from kvruntime.arguments import row_numbers
 from kvruntime.calls import Place, check_append, check_call
 from kvruntime.errors import ScheduleError
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.workspace import Workspaces
 from kvruntime.stats import ScaleRecord, Stats, stats_of
-from kvruntime.step.run import Runner, plainly, run_step
+from kvruntime.step.run import Runner, plainly, run_steps
 from kvruntime.storage.pool import Pool
 
 
@@ -43,6 +43,7 @@ class Generation:
         workspaces: Workspaces,
         facts: dict[str, Any],
         on_close: Callable[[Pool], None] | None = None,
+        ticket: Ticket | None = None,
     ) -> None:
         plan = runner.plan
         self._runner: Runner | None = runner  # None once closed: it holds the pool
@@ -62,7 +63,11 @@ class Generation:
             BlockTable(pool.allocator, plan.rows, heads) for _ in range(plan.geometry.layers)
         ]
         self._live_pages = self._peak_pages = 0  # between steps
-        pool.admit(self, self._tables, plan.peak_pages)
+        self._ticket = ticket
+        if ticket is not None:
+            ticket.leave_with(self)  # before the pool's own finalizer: the later one runs first
+        claimant = None if ticket is None else ticket.shared
+        pool.admit(self, self._tables, 0 if claimant else plan.peak_pages, claimant)
 
     @property
     def is_open(self) -> bool:
@@ -143,26 +148,13 @@ class Generation:
     def _serve(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> Tensor | None:
         plan, table, runner = self._plan, self._tables[layer], self._runner
         assert runner is not None
+        if self._ticket is not None:
+            self._ticket.reach(self._scale * plan.geometry.layers + layer)
         workspace, owned = self._workspaces.borrow(plan.scratch_bytes), table.num_owned
-        out, step = None, plan.chunk_rows
-        for start in range(0, self._rows, step):
-            rows = slice(start, min(start + step, self._rows))
-            queries = None if q is None else q[rows]
-            part, from_pages = run_step(
-                runner, workspace, table, self._scale, layer, rows, queries, k[rows], v[rows]
-            )
-            if q is None:
-                continue
+        out, chunks, from_pages = run_steps(runner, workspace, table, self._scale, layer, q, k, v)
+        if q is not None:
             self._page_steps += from_pages
-            self._gather_steps += not from_pages
-            if rows == slice(0, self._rows):
-                out = part
-                break
-            if out is None:
-                out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            assert part is not None
-            out[rows] = part
-            del part
+            self._gather_steps += chunks - from_pages
         self._workspaces.give_back(workspace)
         self._live_pages += table.num_owned - owned
         self._peak_pages = max(self._peak_pages, self._live_pages)
@@ -177,6 +169,8 @@ class Generation:
             kept = int(plan.tokens[self._scale].sum())
             self._timeline.append(ScaleRecord(self._scale, self._live_pages, kept))
             self._scale, self._layer = self._scale + 1, 0
+            if self._ticket is not None and self._scale == len(plan.schedule):
+                self._ticket.finish()
 
     def fork(self) -> Generation:
         """A second generation that goes on from here by itself; pages are shared until one of the
@@ -188,7 +182,8 @@ class Generation:
         self._check_boundary("fork")
         assert self._runner is not None
         runner = replace(self._runner, plan=self._plan.thinned(self._rows, 0))
-        twin = Generation(runner, self._workspaces, self._facts, self._on_close)
+        ticket = None if self._ticket is None else self._ticket.fork()
+        twin = Generation(runner, self._workspaces, self._facts, self._on_close, ticket)
         try:
             with runner.pool.changing():  # which knows the twin's tables, should this end half way
                 for index, table in enumerate(self._tables):
@@ -231,7 +226,8 @@ class Generation:
         with pool.changing():
             for table in self._tables:
                 table.keep_rows(kept)
-            pool.reserve(self, plan.peak_pages_from(self._scale))
+            if self._ticket is None:  # which goes by the plan of the beginning
+                pool.reserve(self, plan.peak_pages_from(self._scale))
 
     def _check_idle(self) -> None:
         if not self._is_open:
@@ -269,6 +265,8 @@ class Generation:
             return
         pool = self._runner.pool
         pool.dismiss(self)
+        if self._ticket is not None:
+            self._ticket.close()
         on_close, self._on_close = self._on_close, None
         self._is_open = False
         if on_close is not None:

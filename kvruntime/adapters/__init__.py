@@ -21,6 +21,7 @@ from kvruntime.adapters.infinity import INFINITY
 from kvruntime.adapters.parity import Parity, Shadow, siblings_watched
 from kvruntime.adapters.patching import patches_of, replaced
 from kvruntime.adapters.var import VAR
+from kvruntime.admission import Admission
 from kvruntime.coding import Coding
 from kvruntime.errors import UnsupportedModel
 from kvruntime.options import CacheOptions
@@ -61,6 +62,7 @@ def attach(
     check: bool = False,
     key_dtype: str | None = None,
     pool: Pool | None = None,
+    admission: Admission | None = None,
     observer: Observer | None = None,
     **options: Any,
 ) -> Iterator[Attachment]:
@@ -78,8 +80,9 @@ def attach(
     once for each description and class of attention.
     key_dtype: "float32" keeps and computes everything in that; None: as the model's attention
     would, V's format, under autocast autocast's.
-    pool: shared with other caches; None: one of its own. observer: sees every step's queries,
-    keys and values.
+    pool: shared with other caches; None: one of its own. admission: who may draw, of all that share
+    its pool; calls of the sampler wait for their turn, inside the model's attention.
+    observer: sees every step's queries, keys and values.
     options: profile, page_size, kv_dtype, kv_groups, kv_start, coding, backend, paged_queries,
     memory, workspace, provenance, as in CacheOptions. coding: None: ``model.coding``, if it has
     one.
@@ -95,7 +98,7 @@ def attach(
         options["coding"] = own_coding(model)
     chosen = CacheOptions(**_with_preset(policy, budget, preset, options))
     chosen.coding_for(CacheGeometry(len(view.attentions), view.heads, view.head_dim))
-    caches = Caches(view, chosen, pool, observer, _dtype(key_dtype))
+    caches = Caches(view, chosen, pool, admission, observer, _dtype(key_dtype))
     shadow = None
     checked = _checked.setdefault(view.embedding, set())
     if check and type(view.attentions[0]) not in checked:
@@ -130,7 +133,7 @@ def check(model: Any, draw: Callable[[], object], embedding: Embedding | None = 
     """
     view = view_of(model, embedding)
     shadow = Shadow(view, None, is_drawing=False)
-    caches = Caches(view, CacheOptions("full", 1.0), None, None, None)
+    caches = Caches(view, CacheOptions("full", 1.0), None, None, None, None)
     with siblings_watched(view), _attached(view, caches, shadow):
         draw()
     return shadow.parity()

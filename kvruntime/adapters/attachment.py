@@ -15,6 +15,7 @@ from kvruntime.adapters.embedding import View
 from kvruntime.adapters.interception import take_over
 from kvruntime.adapters.patching import original_of
 from kvruntime.adapters.serving import SamplerCall, Serving
+from kvruntime.admission import Ticket
 from kvruntime.errors import ScheduleError
 from kvruntime.planning import Plan
 from kvruntime.stats import Stats, nothing_drawn
@@ -95,6 +96,12 @@ class Attachment:
         rows, arguments = pictures * rows_per_picture, self._view.some_arguments(call)
         cache = self._caches.expected(self._serving.schedule(arguments))
         return cache.plan(rows, self._view.rows_from(arguments, rows))
+
+    def use(self, ticket: Ticket) -> None:
+        """The next generation draws on this ticket of the admission that was given to ``attach``:
+        one that was acquired for ``plan(...)`` of its call. Else a call gets one itself.
+        """
+        self._serving.ticket = ticket
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One layer's attention, [rows, n, heads, head_dim]; the first call of a generation opens

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kvruntime.adapters.embedding import View
+from kvruntime.admission import Admission
 from kvruntime.cache import PagedKVCache
 from kvruntime.errors import BackendUnavailable
 from kvruntime.options import CacheOptions
@@ -25,11 +26,13 @@ class Caches:
         view: View,
         options: CacheOptions,
         pool: Pool | None,
+        admission: Admission | None,
         observer: Observer | None,
         key_dtype: torch.dtype | None,
     ) -> None:
         self._view, self._options = view, options
-        self._pool, self._observer, self._key_dtype = pool, observer, key_dtype
+        self._pool, self._admission = pool, admission
+        self._observer, self._key_dtype = observer, key_dtype
         self._made: dict[tuple[ScaleSchedule, _Formats, torch.device], PagedKVCache] = {}
         self.latest: PagedKVCache | None = None
 
@@ -86,6 +89,7 @@ class Caches:
                 self._options,
                 softmax_scale=view.softmax_scale,
                 pool=self._pool,
+                admission=self._admission,
                 device=device,
                 observer=self._observer,
                 own=CacheGeometry(*sizes, keys, values),

@@ -46,7 +46,7 @@ class Shadow:
 
     def __init__(self, view: View, scales: int | None, is_drawing: bool) -> None:
         self._view, self._scales, self._is_drawing = view, scales, is_drawing
-        self._caches = Caches(view, CacheOptions("full", 1.0), None, None, None)
+        self._caches = Caches(view, CacheOptions("full", 1.0), None, None, None, None)
         self._serving = Serving(view, self._caches)
         self._twins: dict[SamplerCall, SamplerCall] = {}
         self._own: dict[tuple[SamplerCall, int], _Held] = {}  # the model's own cache of each layer

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvruntime.adapters.caches import Caches
 from kvruntime.adapters.embedding import Call, View
+from kvruntime.admission import Ticket
 from kvruntime.generation import Generation
 from kvruntime.sizes import rows_by_scale
 from policies import ScaleSchedule
@@ -39,6 +40,7 @@ class Serving:
         self._open_now: list[Generation] = []
         self.last: Generation | None = None
         self.drawn: ScaleSchedule | None = None  # its schedule
+        self.ticket: Ticket | None = None  # of the next one
 
     def schedule(self, call: Mapping[str, Any]) -> ScaleSchedule:
         """Raises EmbeddingError where the call does not tell."""
@@ -79,7 +81,8 @@ class Serving:
             what = f"rows(model, call, {rows}) gives {rows_from}: {error}"
             raise self._view.error(what) from None
         self.last, self.drawn = None, schedule
-        self.last = call.generation = cache.open(rows, rows_from)
+        ticket, self.ticket = self.ticket, None
+        self.last = call.generation = cache.open(rows, rows_from, ticket)
         self._open_now = [one for one in self._open_now if one.is_open]
         self._open_now.append(call.generation)
 

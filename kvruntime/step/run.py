@@ -61,6 +61,40 @@ def plainly(device: str) -> Iterator[None]:
         yield
 
 
+def run_steps(
+    runner: Runner,
+    workspace: Workspace,
+    table: BlockTable,
+    scale: int,
+    layer: int,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+) -> tuple[Tensor | None, int, int]:
+    """``run_step`` for all rows, in chunks: attention, the chunks, and how many of them read the
+    pages.
+    """
+    total, step = k.shape[0], runner.plan.chunk_rows
+    out: Tensor | None = None
+    chunks = all_from_pages = 0
+    for start in range(0, total, step):
+        rows = slice(start, min(start + step, total))
+        queries = None if q is None else q[rows]
+        part, from_pages = run_step(
+            runner, workspace, table, scale, layer, rows, queries, k[rows], v[rows]
+        )
+        chunks, all_from_pages = chunks + 1, all_from_pages + from_pages
+        if q is None or part is None:
+            continue
+        if step >= total:
+            return part, chunks, all_from_pages
+        if out is None:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out[rows] = part
+        del part
+    return out, chunks, all_from_pages
+
+
 def run_step(
     runner: Runner,
     workspace: Workspace,

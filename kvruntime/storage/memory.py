@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 import torch
 
+from kvruntime.sizes import parse_bytes, parse_share
+
 _CGROUPS = (  # (limit, in use), version 2 and version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     (
@@ -69,3 +71,33 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("allocate memory", "not enough memory", "Storage size calculation overflowed")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def asked_bytes(memory: int | str | None, device: torch.device, least: int) -> int:
+    """How much a pool may take: a number of bytes, "2GiB", or "80%" of what is free. Raises
+    ValueError for anything else, and where it does not hold a page of ``least`` bytes.
+    """
+    share = parse_share(memory) if isinstance(memory, str) else None
+    if share is not None:
+        size = int(share * free_bytes(device))
+    elif isinstance(memory, str):
+        size = parse_bytes(memory)
+    elif isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
+        raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
+    else:
+        size = memory
+    if size < least:
+        raise ValueError(f"{size} bytes of memory hold no page of {least} bytes")
+    return size
+
+
+def real_device(device: torch.device | str) -> torch.device:
+    """The device with its index. Raises ValueError for CUDA where torch has none."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.device("cpu")  # cpu:0 is the same, and not equal
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch sees no CUDA device here, use device='cpu'")
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from allocator import BlockTable, OutOfPages, PageAllocator
 from kvruntime.errors import ScheduleError, WillNeverFit
-from kvruntime.sizes import check_positive, parse_bytes, parse_share
+from kvruntime.sizes import check_positive
 from kvruntime.storage.layout import PLANE_BYTES, PageLayout
-from kvruntime.storage.memory import free_bytes, is_out_of_memory
+from kvruntime.storage.memory import asked_bytes, free_bytes, is_out_of_memory, real_device
 from kvruntime.storage.pages import Pages, planes_of
 from policies import TORCH_DTYPES
 
@@ -35,6 +36,13 @@ class PoolStats:
     reserved_pages: int
     peak_pages: int
     pool_bytes: int
+
+
+class Claimant(Protocol):
+    """Whoever decides instead of the pool what generations may hold."""
+
+    @property
+    def held_pages(self) -> int: ...
 
 
 class Pool:
@@ -73,7 +81,8 @@ class Pool:
         self.device = real_device(device)
         self.page_bytes, self.plane_bytes = page_bytes, plane_bytes
         if num_pages is None:
-            num_pages = self._pages_in(memory)
+            each = page_bytes + plane_bytes
+            num_pages = asked_bytes(memory, self.device, least=each) // each
         check_positive("num_pages", num_pages)
         self.num_pages = num_pages
         shapes = (page_bytes // 2, page_bytes // 2, plane_bytes)
@@ -98,24 +107,10 @@ class Pool:
         self._finalizers: weakref.WeakKeyDictionary[object, weakref.finalize[..., object]]
         self._finalizers = weakref.WeakKeyDictionary()
         self._is_changing = self._has_lost = False
+        self._claimant: Claimant | None = None
         self._stream: object = None
         self._event: torch.cuda.Event | None = None
         self._views: dict[PageLayout, Pages] = {}
-
-    def _pages_in(self, memory: int | str | None) -> int:
-        each = self.page_bytes + self.plane_bytes
-        share = parse_share(memory) if isinstance(memory, str) else None
-        if share is not None:
-            size = int(share * free_bytes(self.device))
-        elif isinstance(memory, str):
-            size = parse_bytes(memory)
-        elif isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
-            raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
-        else:
-            size = memory
-        if size < each:
-            raise ValueError(f"{size} bytes of memory hold no page of {each} bytes")
-        return size // each
 
     @property
     def num_bytes(self) -> int:
@@ -130,7 +125,8 @@ class Pool:
             return self._stats(self.allocator.num_live)
 
     def _stats(self, num_live: int) -> PoolStats:
-        reserved = sum(self._reserved.values())
+        claimed = self._claimant.held_pages if self._claimant else 0
+        reserved = claimed + sum(self._reserved.values())
         peak = max(self.allocator.high_water, num_live)
         free = self.num_pages - num_live
         return PoolStats(self.num_pages, num_live, free, reserved, peak, self.num_bytes)
@@ -197,12 +193,28 @@ class Pool:
         self.allocator.rebuild(table.owned() for table in self._all_tables())
         self._is_changing = False
 
-    def admit(self, owner: object, tables: list[BlockTable], pages: int) -> None:
+    def claim(self, claimant: Claimant) -> None:
+        """It decides from now on who may hold how much. Raises ScheduleError for a pool in use."""
+        with self.changing():
+            if self._tables or self._claimant is not None:
+                raise ScheduleError("the pool is in use: give Admission a pool of its own")
+            self._claimant = claimant
+
+    def admit(
+        self,
+        owner: object,
+        tables: list[BlockTable],
+        pages: int,
+        claimant: Claimant | None = None,
+    ) -> None:
         """Let ``owner`` hold up to ``pages`` pages in ``tables``, until it is dismissed or gone.
+        A claimant, which has promised them, asks for 0.
 
         Raises WillNeverFit, or OutOfPages if others' reservations leave too few.
         """
         with self.changing():
+            if claimant is not self._claimant:
+                raise ScheduleError("the pool has an Admission: open with admission=...")
             if pages > self.num_pages:
                 each = self.page_bytes + self.plane_bytes
                 raise WillNeverFit(
@@ -286,15 +298,3 @@ class Pool:
             extra = self.allocator._extra_references
             assert owned == self.allocator.num_live + extra, "a page without an owner"
             assert sum(self._reserved.values()) <= self.num_pages, "more reserved than there is"
-
-
-def real_device(device: torch.device | str) -> torch.device:
-    """The device with its index. Raises ValueError for CUDA where torch has none."""
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.device("cpu")  # cpu:0 is the same, and not equal
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available():
-        raise ValueError(f"device {device}: torch sees no CUDA device here, use device='cpu'")
-    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
