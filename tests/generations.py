@@ -34,7 +34,7 @@ class Case:
     def softmax_scale(self):
         return self.geometry.head_dim**-0.5
 
-    def cache(self, pool=None, **options):
+    def cache(self, pool=None, admission=None, **options):
         chosen = CacheOptions(
             policy=self.policy,
             budget=self.budget,
@@ -48,6 +48,7 @@ class Case:
             replace(chosen, **options),
             softmax_scale=self.softmax_scale,
             pool=pool,
+            admission=admission,
             device=DEVICE,
         )
 

@@ -50,7 +50,8 @@ class Request:
 
     done: legs that are over. granted: legs that were granted, done or done + 1; told: those that
         ``wake`` was called for. began: when the last leg was granted. spent: seconds of each leg.
-    owner: the thread or task that moves it.
+    owner: the thread or task that moves it. holder: gives None once nobody has it any more.
+    is_over: it was closed.
     """
 
     demand: Demand
@@ -62,6 +63,8 @@ class Request:
     spent: list[float] = field(init=False)
     wake: Callable[[], object] = lambda: None
     owner: object = None
+    holder: Callable[[], object] = lambda: True
+    is_over: bool = False
 
     def __post_init__(self) -> None:
         self.spent = [0.0] * len(self.demand)
@@ -166,6 +169,12 @@ class Ledger:
             self.queue.remove(request)
         if request in self.underway:
             self.underway.remove(request)
+
+    def leave_all_over(self) -> None:
+        """Let those leave that are over, or that nobody has any more."""
+        for request in (*self.underway, *self.queue):
+            if request.is_over or request.holder() is None:
+                self.leave(request)
 
     def settle(self, now: float) -> None:
         """Grant what can be granted: legs of those under way, from the front on, then starts. Wake

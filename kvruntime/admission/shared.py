@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from types import FrameType
 
 from kvruntime.admission.demand import Demand
 from kvruntime.admission.ledger import Ledger, Pace, Request
 from kvruntime.errors import ScheduleError
+from kvruntime.frames import is_on_stack
 
 _MOST_PACES = 256  # demands whose durations are remembered
 
@@ -16,15 +19,13 @@ _MOST_PACES = 256  # demands whose durations are remembered
 class SharedLedger:
     """A ledger, and a way for threads, tasks, finalizers and signal handlers to change it.
 
-    Whoever comes while another thread changes it leaves the change with that one and goes on: no
-    thread waits for a lock, and a finalizer that comes in the middle of its own thread's change is
-    no special case.
+    An interrupt may end a change anywhere: the next one makes it again.
     """
 
     def __init__(self, ledger: Ledger, clock: Callable[[], float]) -> None:
         self.ledger, self._clock = ledger, clock
-        self._lock = threading.Lock()
-        self._changer: threading.Thread | None = None
+        self._lock = threading.RLock()
+        self._changer: FrameType | None = None  # in which a change goes on
         self._changes: deque[Callable[[float], object]] = deque()
         self._looks_at = float("inf")
         self._paces: dict[Demand, Pace] = {}
@@ -41,42 +42,35 @@ class SharedLedger:
         return Request(demand, self._paces.setdefault(demand, Pace(demand)), done, done)
 
     def change(self, what: Callable[[float], object]) -> None:
-        """Call ``what(now)``, which changes the ledger, now or as soon as others are done, and
-        grant what can be granted. ``what`` may be called twice: after an interrupt it is.
+        """Call ``what(now)``, which changes the ledger, and grant what can be granted. In the
+        middle of a change of this thread, where only a finalizer or a signal handler can be, it is
+        done at the end of that. It may be called twice: after an interrupt it is.
         """
         self._changes.append(what)
-        while self._changes and self._lock.acquire(blocking=False):
-            try:
-                self._changer = threading.current_thread()
-                while self._changes:
-                    self._changes[0](self._clock())
-                    self._changes.popleft()
-                now = self._clock()
-                self.ledger.settle(now)
-                if self.ledger.queue:
-                    self._look_again(now, self.ledger.delay(now))
-            finally:
-                self._changer = None
-                self._lock.release()
+        if is_on_stack(self._changer):
+            return
+        with self._lock:
+            self._changer = sys._getframe()
+            while self._changes:
+                self._changes[0](self._clock())
+                self._changes.popleft()
+            self.ledger.leave_all_over()
+            now = self._clock()
+            self.ledger.settle(now)
+            if self.ledger.queue:
+                self._look_again(now, self.ledger.delay(now))
+            self._changer = None
 
     def decide(self, what: Callable[[float], object]) -> None:
-        """The same, and wait until it is done. Raises ScheduleError in the middle of a change of
-        this very thread, where only a signal handler or a finalizer can be.
+        """The same for one whose outcome is looked at next. Raises ScheduleError in the middle of a
+        change of this thread.
         """
-        if self._changer is threading.current_thread():
+        if is_on_stack(self._changer):
             raise ScheduleError(
                 "admission is in the middle of a change: a signal handler or finalizer may cancel "
                 "and close, but not start generations"
             )
-        done = threading.Event()
-
-        def change(now: float) -> None:
-            if not done.is_set():
-                what(now)
-                done.set()
-
-        self.change(change)
-        done.wait()
+        self.change(what)
 
     def _look_again(self, now: float, delay: float) -> None:
         """In so many seconds the head of the queue may start."""
@@ -88,6 +82,10 @@ class SharedLedger:
 
     def _look(self) -> None:
         self._looks_at = float("inf")
+        self.look()
+
+    def look(self) -> None:
+        """Let those leave that are over, and grant what can be granted."""
         self.change(lambda now: None)
 
     def check(self) -> None:

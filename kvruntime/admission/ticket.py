@@ -15,6 +15,8 @@ from kvruntime.admission.ledger import Request
 from kvruntime.admission.shared import SharedLedger
 from kvruntime.errors import Cancelled, OutOfPages, ScheduleError
 
+_USED = "this ticket is used: every generation needs its own"
+
 
 class Ticket:
     """One generation's place, from ``Admission.submit`` until it is drawn or cancelled. A context
@@ -25,12 +27,12 @@ class Ticket:
         self.shared, self.request = shared, request
         self._bell = _Bell()
         request.wake = self._bell.ring
-        self._unused = [self]  # whoever pops it draws
+        self._unused = [True]  # whoever pops it draws
         self._is_cancelled = False
+        self._entered = request.granted  # legs; the ledger may not know yet that one has ended
         self._next_leg = 0  # the step that it begins with
-        ledger = shared.ledger
-        self._leave = weakref.finalize(self, shared.change, lambda now: ledger.leave(request))
-        self._leave.atexit = False
+        request.holder = weakref.ref(self)
+        weakref.finalize(self, shared.look).atexit = False
 
     @property
     def has_started(self) -> bool:
@@ -74,7 +76,9 @@ class Ticket:
     def _may_go_on(self) -> bool:
         if self._is_cancelled:
             raise Cancelled("this generation's ticket was cancelled")
-        return self.request.is_running
+        if self.request.is_over:
+            raise ScheduleError(_USED)
+        return self.request.granted > self._entered
 
     def _refuse_to_wait_for(self, me: object) -> None:
         for other in list(self.shared.ledger.underway):
@@ -103,8 +107,8 @@ class Ticket:
         try:
             self._unused.pop()
         except IndexError:
-            raise ScheduleError("this ticket is used: every generation needs its own") from None
-        self._note_next_leg()
+            raise ScheduleError(_USED) from None
+        self._enter_leg()
 
     def reach(self, step: int) -> None:
         """Before every step (scale * layers + layer): returns at once within a leg; at its end
@@ -116,11 +120,11 @@ class Ticket:
         request, leg, ledger = self.request, self.request.done, self.shared.ledger
         self.shared.change(lambda now: ledger.end_leg(request, leg, now))
         self.wait()
-        self._note_next_leg()
+        self._enter_leg()
 
-    def _note_next_leg(self) -> None:
-        first, number = self.request.demand.first_step, self.request.done + 1
-        self._next_leg = first[number] if number < len(first) else sys.maxsize
+    def _enter_leg(self) -> None:
+        first, self._entered = self.request.demand.first_step, self.request.granted
+        self._next_leg = first[self._entered] if self._entered < len(first) else sys.maxsize
 
     def finish(self) -> None:
         """The generation has come through its last step: nothing is held any more."""
@@ -129,11 +133,13 @@ class Ticket:
 
     def leave_with(self, generation: object) -> None:
         """Leave when that is dropped without having been closed."""
-        weakref.finalize(generation, self.close).atexit = False
+        self.request.holder = weakref.ref(generation)
+        weakref.finalize(generation, self.shared.look).atexit = False
 
     def close(self) -> None:
         """Leave, after the pages have gone back. Twice is allowed."""
-        self._leave()
+        self.request.is_over = True
+        self.shared.look()
 
     def fork(self) -> Ticket:
         """For a twin of the generation; it never waits, since one thread may draw both. Raises

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from allocator import BlockTable, OutOfPages, PageAllocator
 from kvruntime.errors import ScheduleError, WillNeverFit
+from kvruntime.frames import is_on_stack
 from kvruntime.sizes import check_positive
 from kvruntime.storage.layout import PLANE_BYTES, PageLayout
 from kvruntime.storage.memory import asked_bytes, free_bytes, is_out_of_memory, real_device
@@ -175,10 +176,7 @@ class Pool:
 
     def _is_mid_change(self) -> bool:
         """Whether this runs within a change. The lock cannot tell: an interrupt may leave it."""
-        changer, frame = self._changer, sys._getframe(1) if self._changer else None
-        while frame is not None and frame is not changer:
-            frame = frame.f_back
-        return frame is not None
+        return is_on_stack(self._changer)
 
     def _let_leave(self) -> None:
         while self._leaving:

@@ -1,6 +1,7 @@
 """A KeyboardInterrupt at a chosen line of the runtime's own code."""
 
 import sys
+import weakref
 from pathlib import Path
 
 import allocator
@@ -39,8 +40,8 @@ class Interrupts:
             return None
         caller = frame
         while caller is not None:
-            if caller.f_code.co_name == "_mark_lost":  # Python drops what a finalizer raises
-                return None
+            if caller.f_code.co_filename == weakref.__file__:
+                return None  # Python drops what a finalizer raises
             caller = caller.f_back
         return self._line
 
