@@ -29,7 +29,6 @@ class Ticket:
         request.wake = self._bell.ring
         self._unused = [True]  # whoever pops it draws
         self._is_cancelled = False
-        self._entered = request.granted  # legs; the ledger may not know yet that one has ended
         self._next_leg = 0  # the step that it begins with
         request.holder = weakref.ref(self)
         weakref.finalize(self, shared.look).atexit = False
@@ -78,7 +77,7 @@ class Ticket:
             raise Cancelled("this generation's ticket was cancelled")
         if self.request.is_over:
             raise ScheduleError(_USED)
-        return self.request.granted > self._entered
+        return self.request.is_running
 
     def _refuse_to_wait_for(self, me: object) -> None:
         for other in list(self.shared.ledger.underway):
@@ -123,8 +122,8 @@ class Ticket:
         self._enter_leg()
 
     def _enter_leg(self) -> None:
-        first, self._entered = self.request.demand.first_step, self.request.granted
-        self._next_leg = first[self._entered] if self._entered < len(first) else sys.maxsize
+        first, number = self.request.demand.first_step, self.request.granted
+        self._next_leg = first[number] if number < len(first) else sys.maxsize
 
     def finish(self) -> None:
         """The generation has come through its last step: nothing is held any more."""

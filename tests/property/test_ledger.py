@@ -227,6 +227,7 @@ def test_nobody_starts_while_one_that_has_hardly_started_waits():
     assert [request.is_running for request in requests] == [True, False, False]
     assert ledger.delay(100.0) == math.inf
     ledger.end_leg(requests[0], 1, 101.0)
+    assert requests[0].held == 3, "what is left of the nine"
     ledger.settle(101.0)
     assert [request.held for request in requests] == [3, 1, 0]
 
