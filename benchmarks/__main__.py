@@ -1,4 +1,4 @@
-"""``python -m benchmarks allocator|attention|frontier|generate|gpu|infinity|memory|soak``."""
+"""``python -m benchmarks allocator|attention|fleet|frontier|generate|gpu|infinity|memory|soak``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.progress import Progress
 from benchmarks import (
     allocator,
     attention,
+    fleet,
+    fleet_plot,
     frontier,
     frontier_plot,
     generate,
@@ -97,6 +99,22 @@ def _attention(
             return attention.run(repeats, progress, only)
 
     _report("attention", out, run, repeats, only=only, beside_load=beside_load)
+
+
+@app.command("fleet")
+def _fleet(
+    quick: Annotated[bool, typer.Option(help="One size of pool, one card, shorter hours.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw what a card carries.")] = None,
+    out: Out = None,
+) -> None:
+    """Admission in simulated time: what a card carries, and a day of a fleet."""
+    cards, seconds = (1, 60.0) if quick else (fleet.CARDS, fleet.HOUR_SECONDS)
+    peaks = fleet.PEAKS[1:2] if quick else fleet.PEAKS
+    results = _report(
+        "fleet", out, lambda progress: fleet.run(progress, peaks, cards, seconds), quick=quick
+    )
+    if plot is not None:
+        fleet_plot.save_plot(results, plot)
 
 
 @app.command("frontier")

@@ -186,6 +186,40 @@ class Soak(Strict):
     leaked_pages: int
 
 
+class Carried(Strict):
+    """A pool of so many ``peaks`` with more requests than room. Generations that draw at a time:
+    where each reserves its peak, where they are staggered, and at most (peak / mean). ratio:
+    of the two.
+    """
+
+    policy: str
+    clock: str
+    peaks: int
+    reserved: float
+    staggered: float
+    ratio: float
+    bound: float
+    share_of_bound: float
+
+
+class Day(Strict):
+    """seconds: from a request's arrival to its pictures."""
+
+    policy: str
+    is_staggered: bool
+    came: int
+    never_fit_share: float
+    refused_share: float
+    seconds_median: float
+    seconds_p99: float
+
+
+class Fleet(Strict):
+    decision_us: float
+    carried: list[Carried]
+    day: list[Day]
+
+
 class CorrectnessCase(Strict):
     backend: str
     path: str
@@ -236,6 +270,7 @@ class Gpu(Strict):
 REPORTS: dict[str, type[Report[Any]]] = {
     "allocator": Report[Allocator],
     "attention": Report[list[Attention]],
+    "fleet": Report[Fleet],
     "frontier": Report[Frontier],
     "generate": Report[Generate],
     "gpu": Report[Gpu],

@@ -50,7 +50,7 @@ class Request:
 
     done: legs that are over. granted: legs that were granted, done or done + 1; told: those that
         ``wake`` was called for. began: when the last leg was granted. spent: seconds of each leg.
-    owner: the thread or task that moves it. holder: gives None once nobody has it any more.
+    owner: the thread that draws it. holder: gives None once nobody has it any more.
     is_over: it was closed.
     """
 
@@ -183,8 +183,7 @@ class Ledger:
         behind, slack = self.held, self.num_pages  # slack: least of those in front
         for request in self.underway:
             behind -= request.held
-            asks = request.asks
-            if not request.is_running and asks <= slack:
+            if not request.is_running and (asks := request.asks) <= slack:
                 slack -= max(0, asks)
                 request.grant(now)
             slack = min(slack, self.num_pages - request.peak_left - behind)

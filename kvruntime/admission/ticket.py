@@ -44,11 +44,11 @@ class Ticket:
 
     def wait(self, timeout: float | None = None) -> None:
         """Until it may start, or go on. Raises Cancelled; TimeoutError after so many seconds,
-        giving up nothing; ScheduleError where it would wait for a generation of this thread.
+        giving up nothing; ScheduleError where it would wait for a generation that this thread
+        draws.
         """
-        me = threading.current_thread()
         while not self._may_go_on():
-            self._refuse_to_wait_for(me)
+            self._refuse_to_wait_for_myself()
             if not self._bell.rung.wait(timeout):
                 ledger = self.shared.ledger
                 raise TimeoutError(
@@ -56,21 +56,19 @@ class Ticket:
                     f"{ledger.num_pages} are held by {len(ledger.underway)} generations"
                 )
             self._bell.rung.clear()
-        self.request.owner = me
 
     async def started(self) -> None:
-        """The same for a task; one that is cancelled gives the place up."""
-        me = asyncio.current_task()
+        """The same for a task; one that is cancelled gives the place up. Another ticket that the
+        task holds, and nobody draws on, may be what it waits for.
+        """
         try:
             with self._bell.heard_by(asyncio.get_running_loop()) as heard:
                 while not self._may_go_on():
-                    self._refuse_to_wait_for(me)
                     await heard.wait()
                     heard.clear()
         except BaseException:
             self.close()
             raise
-        self.request.owner = me
 
     def _may_go_on(self) -> bool:
         if self._is_cancelled:
@@ -79,14 +77,15 @@ class Ticket:
             raise ScheduleError(_USED)
         return self.request.is_running
 
-    def _refuse_to_wait_for(self, me: object) -> None:
+    def _refuse_to_wait_for_myself(self) -> None:
+        me = threading.current_thread()
         for other in list(self.shared.ledger.underway):
             if other is self.request:
                 break
             if other.owner is me:
                 raise ScheduleError(
-                    "this would wait for another generation of the same thread or task for ever: "
-                    "end that one first, or draw them in threads of their own"
+                    "this would wait for ever for another generation of the same thread: end that "
+                    "one first, or draw them in threads of their own"
                 )
 
     def cancel(self) -> None:
@@ -122,6 +121,7 @@ class Ticket:
         self._enter_leg()
 
     def _enter_leg(self) -> None:
+        self.request.owner = threading.current_thread()
         first, number = self.request.demand.first_step, self.request.granted
         self._next_leg = first[number] if number < len(first) else sys.maxsize
 

@@ -12,14 +12,19 @@ FOLDERS = tuple(
 )
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 class Interrupts:
     """Counts the lines that run in the runtime's files, and raises at the one numbered ``at``.
 
-    files: ends of the names of the files that count; none: all of them.
+    files: ends of the names of the files that count; none: all of them. what: called in place of
+    raising, as a signal handler is.
     """
 
-    def __init__(self, at, files=()):
-        self.at, self.files = at, files
+    def __init__(self, at, files=(), what=interrupt):
+        self.at, self.files, self.what = at, files, what
         self.count = 0
         self.where = None
 
@@ -51,5 +56,5 @@ class Interrupts:
             if self.count == self.at:
                 self.where = (Path(frame.f_code.co_filename).name, frame.f_lineno)
                 sys.settrace(None)
-                raise KeyboardInterrupt
+                self.what()
         return self._line

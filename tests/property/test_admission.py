@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from kvruntime import Admission, Cancelled, OutOfPages
+from kvruntime import Admission, Cancelled, OutOfPages, ScheduleError
 from tests.generations import fresh
 from tests.hazards.interrupts import Interrupts
 from tests.shared import CASES, pool_of
@@ -127,3 +127,38 @@ def test_an_interrupt_at_any_line_of_admission():
         if not interrupts.happened:
             break
     assert len(places) > 100
+
+
+def test_a_signal_handler_at_any_line_of_admission():
+    """It may cancel, drop and ask; what it starts is started, or refused in the middle of a
+    change. Whoever waits still starts.
+    """
+    admission = Admission(pool_of(PEAK))
+    cache = GROWING.cache(admission=admission)
+    at, refused = 0, 0
+
+    def handle():
+        nonlocal refused
+        tickets[0].cancel()
+        del tickets[1]
+        assert admission.stats.held_pages <= PEAK
+        try:
+            tickets.append(admission.submit(cache.plan(1)))
+        except ScheduleError as error:
+            assert "in the middle of a change" in str(error)
+            refused += 1
+
+    while True:
+        at += 1
+        handling = Interrupts(at, ("ledger.py", "shared.py", "ticket.py"), handle)
+        tickets = [admission.submit(cache.plan(2)) for _ in range(3)]
+        with handling:
+            last = admission.submit(cache.plan(2))
+            for ticket in tickets[::-1]:
+                ticket.cancel()
+        cache.open(2, ticket=last).close()
+        tickets.clear()
+        assert is_empty(admission), (at, handling.where)
+        if not handling.happened:
+            break
+    assert at > 100 and 30 < refused < at

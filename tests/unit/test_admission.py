@@ -55,14 +55,27 @@ def test_waiting_for_ones_own_generation_is_an_error():
     with cache.open(2, ticket=tickets[0]):
         with pytest.raises(ScheduleError, match="another generation of the same thread"):
             cache.open(2, ticket=tickets[1])
-
-    async def both():
-        first = await admission.acquire(cache.plan(2))
-        with first, pytest.raises(ScheduleError, match="same thread or task"):
-            await admission.acquire(cache.plan(2))
-
     tickets[1].cancel()
-    asyncio.run(both())
+    assert is_empty(admission)
+
+
+def test_a_task_may_hand_its_tickets_on():
+    """One acquires, others draw: it waits for none of its own."""
+    admission = Admission(pool_of(PEAK))
+    cache = GROWING.cache(admission=admission)
+
+    async def dispatch():
+        drawing = []
+        for _ in range(4):
+            ticket = await asyncio.wait_for(admission.acquire(cache.plan(2)), SOON)
+            drawing.append(asyncio.create_task(asyncio.to_thread(draw_it, ticket)))
+        await asyncio.gather(*drawing)
+
+    def draw_it(ticket):
+        with cache.open(2, ticket=ticket) as generation:
+            generation.attend(0, *fresh(GROWING, 0, 0))
+
+    asyncio.run(dispatch())
     assert is_empty(admission)
 
 
@@ -173,8 +186,10 @@ def test_the_head_of_the_queue_starts_by_the_clock():
     assert (first.has_started, second.has_started) == (True, False)
     second.wait(timeout=SOON)
     assert first.request.granted == 1, "the first one is where it was"
-    first.cancel()
-    second.cancel()
+    third = admission.submit(cache.plan(2))
+    third.wait(timeout=SOON)  # looked at again by the clock
+    for ticket in (first, second, third):
+        ticket.cancel()
     assert is_empty(admission)
 
 
