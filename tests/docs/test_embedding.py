@@ -45,7 +45,7 @@ def test_the_table_of_fields_is_that_of_the_class():
     )
     assert set(Embedding.__dataclass_fields__) <= named
     options = set(kvruntime.CacheOptions.__dataclass_fields__)
-    assert options | {"embedding", "check", "key_dtype", "pool", "observer"} <= named
+    assert options | {"embedding", "check", "key_dtype", "pool", "admission", "observer"} <= named
 
 
 def test_the_commands_name_models_that_there_are():
