@@ -1,4 +1,6 @@
-"""``python -m benchmarks allocator|attention|fleet|frontier|generate|gpu|infinity|memory|soak``."""
+"""``python -m benchmarks NAME``: allocator, attention, capacity, fleet, frontier, generate, gpu,
+infinity, memory, soak.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from rich.progress import Progress
 from benchmarks import (
     allocator,
     attention,
+    capacity,
     fleet,
     fleet_plot,
     frontier,
@@ -99,6 +102,12 @@ def _attention(
             return attention.run(repeats, progress, only)
 
     _report("attention", out, run, repeats, only=only, beside_load=beside_load)
+
+
+@app.command("capacity")
+def _capacity(out: Out = None) -> None:
+    """How many rows fit under a cap on KV bytes, by drawing them."""
+    _report("capacity", out, capacity.run)
 
 
 @app.command("fleet")
@@ -246,12 +255,12 @@ def _memory(
 
 @app.command("soak")
 def _soak(
-    steps: Annotated[int, typer.Option(min=1, help="Random actions.")] = 200_000,
+    generations: Annotated[int, typer.Option(min=1, help="In four threads.")] = 10_000,
     seed: int = 0,
     out: Out = None,
 ) -> None:
-    """Generations that interleave, fork and fail on one pool: each draws what it draws alone."""
-    _report("soak", out, lambda progress: soak.run(steps, progress, seed), seed=seed)
+    """Generations in threads that wait, fork and fail on one pool: each draws as it does alone."""
+    _report("soak", out, lambda progress: soak.run(generations, progress, seed), seed=seed)
 
 
 if __name__ == "__main__":

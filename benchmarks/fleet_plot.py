@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks.fleet import CLOCKS, Kind, kind_of, saturated
+from benchmarks.fleet import CLOCKS, saturated
+from benchmarks.fleet_card import Kind, kind_of
 from kvruntime.planning import plan
 
 _PEAKS = 8  # of the pool whose pages are drawn over time

@@ -5,6 +5,7 @@ beside what the plan says.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -128,12 +129,15 @@ def peak_allocated_bytes(draw: Callable[[], object]) -> int:
     return peak
 
 
-def allocations(draw: Callable[[], object]) -> list[tuple[int, int, str]]:
-    """(time, bytes, operator) of the runtime's own allocations while ``draw`` runs, and, with
-    negative bytes, of their releases, in order.
+def allocations(
+    draw: Callable[[], object], scopes: tuple[tuple[type, str], ...] = SCOPED
+) -> list[tuple[int, int, str]]:
+    """(time, bytes, operator) of what these methods allocate while ``draw`` runs, and, with
+    negative bytes, of their releases, in order. scopes: the runtime's own.
     """
-    scoped = [_scoped(owner, name) for owner, name in SCOPED]
-    with scoped[0], scoped[1]:
+    with ExitStack() as stack:
+        for owner, name in scopes:
+            stack.enter_context(_scoped(owner, name))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             draw()
     assert profiler.profiler is not None

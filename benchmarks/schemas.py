@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from benchmarks.schemas_many import Capacity, Fleet, Soak
+from benchmarks.strict import Spread, Strict
 
 Results = TypeVar("Results")
-
-
-class Strict(BaseModel):
-    """No field more, none less."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Spread(Strict):
-    median: float
-    min: float
-    max: float
 
 
 class Environment(Strict):
@@ -178,48 +169,6 @@ class Memory(Strict):
     ratio: float
 
 
-class Soak(Strict):
-    steps: int
-    seed: int
-    actions: dict[str, int]
-    violations: int
-    leaked_pages: int
-
-
-class Carried(Strict):
-    """A pool of so many ``peaks`` with more requests than room. Generations that draw at a time:
-    where each reserves its peak, where they are staggered, and at most (peak / mean). ratio:
-    of the two.
-    """
-
-    policy: str
-    clock: str
-    peaks: int
-    reserved: float
-    staggered: float
-    ratio: float
-    bound: float
-    share_of_bound: float
-
-
-class Day(Strict):
-    """seconds: from a request's arrival to its pictures."""
-
-    policy: str
-    is_staggered: bool
-    came: int
-    never_fit_share: float
-    refused_share: float
-    seconds_median: float
-    seconds_p99: float
-
-
-class Fleet(Strict):
-    decision_us: float
-    carried: list[Carried]
-    day: list[Day]
-
-
 class CorrectnessCase(Strict):
     backend: str
     path: str
@@ -270,6 +219,7 @@ class Gpu(Strict):
 REPORTS: dict[str, type[Report[Any]]] = {
     "allocator": Report[Allocator],
     "attention": Report[list[Attention]],
+    "capacity": Report[Capacity],
     "fleet": Report[Fleet],
     "frontier": Report[Frontier],
     "generate": Report[Generate],

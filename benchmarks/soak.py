@@ -1,32 +1,63 @@
-"""Many generations of two caches on one pool, in a random mix: opened, advanced, forked, thinned
-out, closed, failing. Every output is compared with that of the same generation drawn alone.
+"""Many generations of many caches on one pool, in threads: random policies and schedules, forks,
+rows that go, cancellations and faults. Every output is compared with that of the same generation
+drawn alone.
 """
 
 from __future__ import annotations
 
+import gc
 import random
+import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
 from kvruntime import (
+    Admission,
     CacheGeometry,
     CacheOptions,
+    Cancelled,
     Generation,
     OutOfPages,
     PagedKVCache,
     Pool,
     ScaleSchedule,
+    Ticket,
 )
 
-CHECK_EVERY = 500  # steps between two checks of the whole pool
-SEEDS, MOST_OPEN, ROWS = 4, 6, 2
+PAGE_BYTES, PLANE_BYTES = 4096, 256
+NUM_PAGES = 150  # of which the largest generation needs about two thirds
+FAMILIES, SEEDS, ROWS, THREADS = 12, 3, 2, 4
+CHECK_EVERY = 100  # generations between two checks of everything
+WARM = 0.2  # of the generations, before memory is looked at
+_GEOMETRIES = (
+    CacheGeometry(2, 2, 32, "float32", "float32"),
+    CacheGeometry(3, 1, 64, "bfloat16", "bfloat16"),
+    CacheGeometry(1, 4, 32, "float16", "float16"),
+)
+_POLICIES = (
+    ("full", 1.0, None),
+    ("full", 1.0, "int8"),
+    ("scalekv", 20, None),
+    ("scalekv", 20, "int4"),
+    ("ams_kv", 0.5, None),
+    ("h2o", 9, None),
+    ("pyramidkv", 20, None),
+    ("centroid", 9, "int4"),
+    ("centroid", 20, None),
+    ("streaming_llm", 12, "int2"),
+    ("random", 7, None),
+)
+_SIZES: tuple[int | tuple[int, int], ...] = (1, 2, 3, 4, (2, 3), (4, 3), 5)
 
 
-class Broken(Exception):
+class Fault(Exception):
     """What a failing step raises."""
 
 
@@ -35,165 +66,178 @@ class Family:
     """A cache, and the inputs and outputs of its generations at each (seed, scale, layer)."""
 
     cache: PagedKVCache
-    inputs: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    outputs: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-
-    def step(self, seed: int, scale: int, layer: int) -> Tensor:
-        """q, k, v [3, rows, n, heads, head_dim] of a step."""
-        key = (seed, scale, layer)
-        if key not in self.inputs:
-            geometry = self.cache.geometry
-            tokens = self.cache.schedule.tokens[scale]
-            generator = torch.Generator().manual_seed(hash(key) % 2**31)
-            shape = (3, ROWS, tokens, geometry.heads, geometry.head_dim)
-            numbers = torch.randn(shape, generator=generator)
-            self.inputs[key] = numbers.to(getattr(torch, geometry.key_dtype))
-        return self.inputs[key]
+    steps: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def draw_alone(self, options: CacheOptions) -> None:
-        """Outputs of every seed from a cache with a pool of its own and the same pages."""
-        cache = PagedKVCache(
-            self.cache.geometry,
-            self.cache.schedule,
-            options,
-            softmax_scale=1.0,
-            pool=Pool(
-                num_pages=2 * self.cache.plan(ROWS).peak_pages,
-                page_bytes=self.cache.page_bytes,
-                plane_bytes=self.cache.plane_bytes,
-            ),
-        )
-        for seed in range(SEEDS):
-            with cache.open(ROWS) as alone:
-                for scale in range(len(cache.schedule)):
-                    for layer in range(cache.geometry.layers):
-                        out = alone.attend(layer, *self.step(seed, scale, layer))
-                        self.outputs[seed, scale, layer] = out.clone()
-
-
-@dataclass
-class Running:
-    """An open generation: its next layer, and which rows of its seed are left."""
-
-    family: Family
-    generation: Generation
-    seed: int
-    layer: int = 0
-    rows: tuple[int, ...] = tuple(range(ROWS))
-
-
-def families(pool: Pool) -> list[Family]:
-    """An exact cache with scored tokens, and one of four bits that folds, of other geometry."""
-    first = CacheGeometry(2, 2, 32, "float32", "float32")
-    second = CacheGeometry(3, 1, 64, "bfloat16", "bfloat16")
-    made = []
-    for geometry, schedule, options in (
-        (first, ScaleSchedule.of([1, 2, 3, 4, 5, 6]), CacheOptions("scalekv", 20)),
-        (
-            second,
-            ScaleSchedule.of([1, (2, 3), 3, (4, 3), 5]),
-            CacheOptions("centroid", 9, kv_dtype="int4"),
-        ),
-    ):
+        """All of them, from a cache with a pool of its own and the same pages."""
+        geometry, schedule = self.cache.geometry, self.cache.schedule
+        pages = self.cache.plan(ROWS).peak_pages
+        pool = Pool(num_pages=pages, page_bytes=PAGE_BYTES, plane_bytes=PLANE_BYTES)
         cache = PagedKVCache(geometry, schedule, options, softmax_scale=1.0, pool=pool)
+        for seed in range(SEEDS):
+            generator = torch.Generator().manual_seed(seed)
+            with cache.open(ROWS) as alone:
+                for scale, tokens in enumerate(schedule.tokens):
+                    for layer in range(geometry.layers):
+                        shape = (3, ROWS, tokens, geometry.heads, geometry.head_dim)
+                        inputs = torch.randn(shape, generator=generator)
+                        inputs = inputs.to(getattr(torch, geometry.key_dtype))
+                        out = alone.attend(layer, *inputs).clone()
+                        self.steps[seed, scale, layer] = inputs, out
+
+
+def families(admission: Admission, chance: random.Random) -> list[Family]:
+    """Caches of random policies, formats and schedules. One that cannot be is drawn again."""
+    made: list[Family] = []
+    while len(made) < FAMILIES:
+        geometry = chance.choice(_GEOMETRIES)
+        schedule = ScaleSchedule.of([1, *chance.choices(_SIZES, k=chance.randint(2, 5)), 4])
+        policy, budget, kv_dtype = chance.choice(_POLICIES)
+        options = CacheOptions(policy, budget, kv_dtype=kv_dtype)
+        try:
+            cache = PagedKVCache(
+                geometry, schedule, options, softmax_scale=1.0, admission=admission
+            )
+        except ValueError:  # a budget below a policy's window, say
+            continue
+        if not NUM_PAGES / 5 < cache.plan(ROWS).peak_pages <= NUM_PAGES * 2 / 3:
+            continue  # too small to wait, or to let others in
         family = Family(cache)
         family.draw_alone(options)
         made.append(family)
     return made
 
 
-def run(steps: int, progress: Progress | None, seed: int = 0) -> dict[str, Any]:
-    """``steps`` random actions. Raises AssertionError at the first violation."""
-    pool = Pool(num_pages=400, page_bytes=4096, plane_bytes=256)
-    made = families(pool)
-    chance, running = random.Random(seed), list[Running]()
-    counts = dict.fromkeys(("open", "refused", "step", "fork", "thin", "fail", "close", "done"), 0)
-    bar = progress.add_task("steps", total=steps) if progress else None
-    for number in range(steps):
-        action = _act(chance, made, running)
-        counts[action] += 1
-        if number % CHECK_EVERY == 0:
-            pool.check()
-            live = sum(one.generation.stats.live_pages for one in running)
-            assert pool.stats.live_pages <= live, "a page that no generation holds"
-            if progress and bar is not None:
-                progress.update(bar, completed=number)
-    for one in running:
-        one.generation.close()
-    pool.check()
-    assert pool.stats.live_pages == 0, "leak"
-    return {"steps": steps, "seed": seed, "actions": counts, "violations": 0, "leaked_pages": 0}
+class Soak:
+    """What the threads share."""
 
+    def __init__(self, generations: int, seed: int, progress: Progress | None) -> None:
+        pool = Pool(num_pages=NUM_PAGES, page_bytes=PAGE_BYTES, plane_bytes=PLANE_BYTES)
+        self.admission = Admission(pool)
+        self.families = families(self.admission, random.Random(seed))
+        self.ended: Counter[str] = Counter()
+        self.waited = 0
+        self.resident: list[tuple[int, int]] = []  # generations, bytes
+        self.failures: list[BaseException] = []
+        self._numbers = iter(range(generations))
+        self._lock = threading.Lock()
+        self._progress = progress
+        self._bar = progress.add_task("generations", total=generations) if progress else None
 
-def _act(chance: random.Random, made: list[Family], running: list[Running]) -> str:
-    """One random action; its name."""
-    if not running or (len(running) < MOST_OPEN and chance.random() < 0.05):
-        family = chance.choice(made)
+    def work(self, seed: int) -> None:
+        """Draw until all are drawn, or somebody has found a violation."""
+        chance = random.Random(seed)
         try:
-            generation = family.cache.open(ROWS)
+            while not self.failures:
+                with self._lock:
+                    number = next(self._numbers, None)
+                if number is None:
+                    return
+                how = self._one(chance)
+                with self._lock:
+                    self.ended[how] += 1
+                    if number % CHECK_EVERY == 0:
+                        self._look(number)
+        except BaseException as error:
+            self.failures.append(error)
+
+    def _look(self, number: int) -> None:
+        self.admission.check()
+        self.admission.pool.check()
+        stats = self.admission.stats
+        assert stats.held_pages <= stats.num_pages, "more granted than there is"
+        self.resident.append((number, psutil.Process().memory_info().rss))
+        if self._progress and self._bar is not None:
+            self._progress.update(self._bar, completed=number)
+
+    def _one(self, chance: random.Random) -> str:
+        """One generation; how it ended."""
+        family = chance.choice(self.families)
+        fate = chance.choices(
+            ("drawn", "fork", "thinned", "fault", "cancelled", "left"), (60, 10, 10, 8, 8, 4)
+        )[0]
+        ticket = self.admission.submit(family.cache.plan(ROWS))
+        self.waited += not ticket.has_started
+        try:
+            if fate == "left":
+                ticket.cancel()
+                return fate
+            with family.cache.open(ROWS, ticket=ticket) as generation:
+                _draw(family, generation, chance.randrange(SEEDS), fate, chance, ticket)
+                return "drawn"
+        except Cancelled:
+            return "cancelled"
+        except Fault:
+            return "fault"
         except OutOfPages:
-            return "refused"
-        running.append(Running(family, generation, chance.randrange(SEEDS)))
-        return "open"
-    one = chance.choice(running)
-    dice = chance.random()
-    if dice < 0.01:
-        one.generation.close()
-        running.remove(one)
-        return "close"
-    if dice < 0.02:
-        _fail(one)
-        running.remove(one)
-        return "fail"
-    if one.layer == 0 and dice < 0.08:
-        return _fork(one, running)
-    if one.layer == 0 and dice < 0.10 and len(one.rows) > 1:
-        kept = chance.randrange(len(one.rows))
-        one.generation.keep_rows([kept])
-        one.rows = (one.rows[kept],)
-        return "thin"
-    return _step(one, running)
+            assert fate == "fork", "only forks may be refused"
+            return "no room to fork"
 
 
-def _fork(one: Running, running: list[Running]) -> str:
-    if len(running) >= MOST_OPEN:
-        return _step(one, running)
-    try:
-        twin = one.generation.fork()
-    except OutOfPages:
-        return "refused"
-    running.append(Running(one.family, twin, one.seed, one.layer, one.rows))
-    return "fork"
+def _draw(
+    family: Family,
+    generation: Generation,
+    seed: int,
+    fate: str,
+    chance: random.Random,
+    ticket: Ticket,
+) -> None:
+    """Draw it and its twin, if it gets one, step by step beside each other."""
+    scales, layers = len(family.cache.schedule), range(family.cache.geometry.layers)
+    when, rows, both = chance.randrange(scales), ROWS, [generation]
+    for scale in range(scales):
+        if scale == when and fate == "fork":
+            both.append(generation.fork())
+        if scale == when and fate == "thinned":
+            rows = 1
+            generation.keep_rows(rows)
+        if scale == when and fate == "cancelled":
+            ticket.cancel()
+        for layer in layers:
+            if scale == when and fate == "fault" and layer == layers[-1]:
+                object.__setattr__(generation._runner, "observer", _raising)
+            inputs, wanted = family.steps[seed, scale, layer]
+            for one in both:
+                out = one.attend(layer, *inputs[:, :rows])
+                if rows == ROWS:
+                    assert torch.equal(out, wanted), f"scale {scale}, layer {layer}: not as alone"
+                else:  # torch may round other numbers of rows differently
+                    assert torch.allclose(out, wanted[:rows], atol=1e-2), f"scale {scale}"
+    for one in both:
+        one.close()
 
 
-def _step(one: Running, running: list[Running]) -> str:
-    scale = one.generation.scale
-    q, k, v = one.family.step(one.seed, scale, one.layer)[:, list(one.rows)]
-    out = one.generation.attend(one.layer, q, k, v)
-    wanted = one.family.outputs[one.seed, scale, one.layer][list(one.rows)]
-    if len(one.rows) == ROWS:
-        assert torch.equal(out, wanted), f"scale {scale}, layer {one.layer}: not what it is alone"
-    else:  # torch may round other numbers of rows differently
-        assert torch.allclose(out, wanted, atol=1e-2), f"scale {scale}, layer {one.layer}"
-    one.layer = (one.layer + 1) % one.family.cache.geometry.layers
-    if one.generation.scale == len(one.family.cache.schedule):
-        one.generation.close()
-        running.remove(one)
-        return "done"
-    return "step"
+def _raising(*_: Any) -> None:
+    raise Fault
 
 
-def _fail(one: Running) -> None:
-    """A step that raises after attention: the generation closes, nobody else notices."""
-    runner = one.generation._runner
-
-    def raising(*arguments: Any) -> None:
-        raise Broken
-
-    object.__setattr__(runner, "observer", raising)
-    q, k, v = one.family.step(one.seed, one.generation.scale, one.layer)[:, list(one.rows)]
-    try:
-        one.generation.attend(one.layer, q, k, v)
-    except Broken:
-        return
-    raise AssertionError("a failing step did not fail")
+def run(generations: int, progress: Progress | None, seed: int = 0) -> dict[str, Any]:
+    """``generations`` of them. Raises AssertionError at the first violation."""
+    soak = Soak(generations, seed, progress)
+    threads = [
+        threading.Thread(target=soak.work, args=[seed * THREADS + number])
+        for number in range(THREADS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if soak.failures:
+        raise soak.failures[0]
+    gc.collect()
+    soak.admission.check()
+    soak.admission.pool.check()
+    pool, stats = soak.admission.pool.stats, soak.admission.stats
+    assert (pool.live_pages, pool.reserved_pages, stats.underway, stats.queued) == (0, 0, 0, 0)
+    warm = np.array([one for one in soak.resident if one[0] >= WARM * generations], dtype=float)
+    slope = float(np.polyfit(warm[:, 0], warm[:, 1], 1)[0]) if len(warm) > 2 else 0.0
+    return {
+        "generations": generations,
+        "seed": seed,
+        "ended": dict(sorted(soak.ended.items())),
+        "waited": soak.waited,
+        "violations": 0,
+        "leaked_pages": 0,
+        "resident_slope_bytes": slope,
+        "resident_mib": soak.resident[-1][1] / 2**20,
+    }

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from benchmarks import allocator, attention, generate, memory
+from benchmarks import allocator, attention, fleet, generate, memory, soak
 from benchmarks.__main__ import app
 from benchmarks.load import beside_load
 from benchmarks.schemas import REPORTS, Attention, Report
@@ -160,6 +160,40 @@ def test_memory(call, monkeypatch):
     assert set(memory.POLICIES) >= set(POLICY_NAMES) and len(memory.POLICIES) == 17
     done = call("memory", "--policy", "none", code=2)
     assert "'none' is not one of full, scalekv" in done.stderr
+
+
+def test_soak(call, monkeypatch):
+    monkeypatch.setattr(soak, "FAMILIES", 4)
+    results = call("soak", "--generations", "60")["results"]
+    assert sum(results["ended"].values()) == 60 and results["ended"]["drawn"] > 20
+    assert results["violations"] == results["leaked_pages"] == 0
+
+
+def test_a_soak_finds_what_is_not_as_alone(call, monkeypatch):
+    def others(family, options):
+        draw_alone(family, options)
+        for inputs, _ in family.steps.values():
+            inputs[1] += 1  # keys
+
+    draw_alone = soak.Family.draw_alone
+    monkeypatch.setattr(soak.Family, "draw_alone", others)
+    monkeypatch.setattr(soak, "FAMILIES", 2)
+    assert "not as alone" in str(call("soak", "--generations", "40", code=1).exception)
+
+
+def test_fleet(call, monkeypatch, tmp_path):
+    kept = {"scalekv 10 %": ("scalekv", 0.1, None)}
+    monkeypatch.setattr(fleet, "POLICIES", kept | {"full": ("full", 1.0, None)})
+    monkeypatch.setattr(fleet, "FAVOURITES", ("full", "scalekv 10 %"))
+    monkeypatch.setattr(fleet, "CLOCKS", {"device": 0.0})
+    results = call("fleet", "--quick", "--plot", str(tmp_path / "fleet.png"))["results"]
+    (tmp_path / "fleet.png").unlink()
+    assert [one["policy"] for one in results["carried"]] == ["scalekv 10 %", "full"]
+    for one in results["carried"]:
+        assert 7.5 < one["reserved"] < 8.5, "as many as peaks"
+        assert 1.3 < one["ratio"] and 0.9 < one["share_of_bound"] <= 1.02
+    assert [one["never_fit_share"] > 0 for one in results["day"]] == [True, True, False, False]
+    assert 0 < results["decision_us"] < 20_000
 
 
 def test_a_plan_that_is_wrong_ends_with_1(call, monkeypatch):
