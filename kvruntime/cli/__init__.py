@@ -1,4 +1,6 @@
-"""The command line: kvruntime demo, plan, check, calibrate, tune, doctor."""
+"""The command line: kvruntime demo, plan, sample, check, calibrate, tune,
+doctor.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from kvruntime.cli.demo import demo
 from kvruntime.cli.doctor import doctor
 from kvruntime.cli.models import calibrate_command, check_command, tune_command
 from kvruntime.cli.plan import plan_command
+from kvruntime.cli.sample import sample_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,6 +19,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("plan")(plan_command)
+app.command("sample")(sample_command)
 app.command("check")(check_command)
 app.command("calibrate")(calibrate_command)
 app.command("tune")(tune_command)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -14,28 +13,23 @@ from rich.table import Table
 
 from kvruntime.adapters import check
 from kvruntime.calibration import calibrate, calibrate_coding
-from kvruntime.catalogue import ASPECT_RATIOS, RESOLUTIONS, infinity_schedule
+from kvruntime.cli.building import (
+    Aspect,
+    Device,
+    Dtype,
+    Name,
+    Repo,
+    Resolution,
+    StandIns,
+    Weights,
+    built_model,
+)
 from kvruntime.cli.common import JSON, exit_codes, print_json
 from kvruntime.coding import load_coding
-from kvruntime.models import BUILDERS, Built, build
-from kvruntime.models.infinity import SIZES
 from kvruntime.preset import CachePreset, best_first
 from kvruntime.sizes import check_positive
 from kvruntime.tuning import CANDIDATES, tune
-from policies import DTYPE_BYTES, TORCH_DTYPES, load_profile
-
-Name = Annotated[str, typer.Argument(help=f"One of {', '.join(BUILDERS)}.")]
-Repo = Annotated[Path | None, typer.Option(help="A checkout of its authors' repository.")]
-Weights = Annotated[
-    Path | None, typer.Option(help="A folder with the published files; without, random weights.")
-]
-Device = Annotated[str, typer.Option(help="Where torch computes: cpu, cuda, cuda:1.")]
-Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPE_BYTES)}; autocast's.")]
-StandIns = Annotated[
-    bool, typer.Option(help="Put something in the place of packages that are not installed.")
-]
-Resolution = Annotated[str | None, typer.Option(help=f"Infinity: {', '.join(RESOLUTIONS)}.")]
-Aspect = Annotated[str, typer.Option(help=f"Infinity: {', '.join(ASPECT_RATIOS)}.")]
+from policies import load_profile
 
 
 def check_command(
@@ -51,7 +45,9 @@ def check_command(
 ) -> None:
     """Compare every step of one picture with the model's own cache."""
     with exit_codes():
-        built, settings = _built(model, repo, weights, device, dtype, resolution, aspect, stand_ins)
+        built, settings = built_model(
+            model, repo, weights, device, dtype, resolution, aspect, stand_ins
+        )
         with Console(stderr=True).status("drawing a picture, each step twice"):
             parity = check(built.model, lambda: built.draw(1, 0, **settings))
         if as_json:
@@ -91,7 +87,9 @@ def calibrate_command(
         check_positive("pictures", pictures)
         check_positive("batch", batch)
         _check_written(out, coding)
-        built, settings = _built(model, repo, weights, device, dtype, resolution, aspect, stand_ins)
+        built, settings = built_model(
+            model, repo, weights, device, dtype, resolution, aspect, stand_ins
+        )
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("drawing", total=pictures * (2 if coding else 1))
 
@@ -138,7 +136,9 @@ def tune_command(
         _check_written(out)
         statistics = None if profile is None else load_profile(profile)
         known = None if coding is None else load_coding(coding)
-        built, settings = _built(model, repo, weights, device, dtype, resolution, aspect, stand_ins)
+        built, settings = built_model(
+            model, repo, weights, device, dtype, resolution, aspect, stand_ins
+        )
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("trying", total=len(CANDIDATES))
             preset = tune(
@@ -175,32 +175,3 @@ def _trials(preset: CachePreset) -> Table:
         error = f"{trial.attention_error:.4f}"
         table.add_row(trial.policy, trial.kv_dtype or "exact", str(trial.tokens), error)
     return table
-
-
-def _built(
-    name: str,
-    repo: Path | None,
-    weights: Path | None,
-    device: str,
-    dtype: str,
-    resolution: str | None,
-    aspect: str,
-    stand_ins: bool,
-) -> tuple[Built, dict[str, Any]]:
-    """The model, and settings for its ``draw``. Raises ValueError for what does not fit."""
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
-    settings: dict[str, Any] = {}
-    if name in SIZES:
-        settings["schedule"] = infinity_schedule(resolution or SIZES[name].resolution, aspect)
-    elif resolution or aspect != "1.000":
-        raise ValueError(f"{name} has one schedule: resolution and aspect ratio are for Infinity")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
-    try:
-        built = build(name, repo, weights, device, TORCH_DTYPES[dtype], stand_ins=stand_ins)
-    except ImportError as error:
-        raise ValueError(str(error)) from error
-    return built, settings

@@ -1,0 +1,147 @@
+"""Many pictures into a folder, by any number of processes, that can be stopped and gone on with."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError
+from torch import Tensor
+
+from kvruntime.adapters import attach
+from kvruntime.extras import extra
+from kvruntime.models import Built
+
+with extra("cli"):
+    from PIL import Image
+
+MANIFEST = "manifest.jsonl"
+
+
+class Settings(BaseModel):
+    """What all pictures of a folder have in common. batch: drawn at a time; the seed of a batch is
+    the number of its first picture, so that it does not matter who draws it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    policy: str
+    budget: float | str
+    kv_dtype: str | None
+    dtype: str
+    batch: NonNegativeInt
+
+
+class Drawn(Settings):
+    """A line of the manifest: one finished picture. seconds: of its batch; page_bytes: that its
+    batch had at the peak, and own_bytes what the model's own cache would have.
+    """
+
+    number: NonNegativeInt
+    seed: NonNegativeInt
+    file: str
+    seconds: NonNegativeFloat
+    page_bytes: NonNegativeInt
+    own_bytes: NonNegativeInt
+    rank: NonNegativeInt
+
+
+def sample(
+    built: Built,
+    settings: Settings,
+    count: int,
+    out: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    tick: Callable[[int], object] = lambda finished: None,
+    **drawing: Any,
+) -> None:
+    """Draw this rank's share of ``count`` pictures into ``out``: every ``world``-th batch. Those
+    that the manifest has, and whose file is there, are not drawn again.
+
+    A picture appears whole or not at all, and then its line, so that killing it anywhere loses
+    nothing. drawing: more arguments of ``built.draw``. tick: gets the pictures of all ranks so far.
+    Raises ValueError where the folder holds pictures of other settings.
+    """
+    finished = set(finished_in(out, settings))
+    tick(len(finished))
+    options: dict[str, Any] = {"kv_dtype": settings.kv_dtype}
+    with attach(built.model, settings.policy, settings.budget, **options) as attached:
+        for first in range(rank * settings.batch, count, world * settings.batch):
+            numbers = range(first, min(first + settings.batch, count))
+            if all(number in finished for number in numbers):
+                continue
+            began = time.perf_counter()
+            pictures = built.draw(len(numbers), first, **drawing)
+            seconds, stats = time.perf_counter() - began, attached.stats
+            lines = []
+            for number, picture in zip(numbers, pictures, strict=True):
+                if number not in finished:
+                    name = f"{number:06d}.png"
+                    _save(picture, out / name, out / f".{name}.{rank}")
+                    line = Drawn(
+                        **settings.model_dump(),
+                        number=number,
+                        seed=first,
+                        file=name,
+                        seconds=seconds,
+                        page_bytes=stats.page_bytes,
+                        own_bytes=stats.baseline_bytes,
+                        rank=rank,
+                    )
+                    lines.append(line.model_dump_json())
+            _append(out / MANIFEST, lines)
+            tick(sum(1 for _ in read_manifest(out)))
+
+
+def read_manifest(out: Path) -> Iterator[Drawn]:
+    """The pictures that are finished. A line that was cut short, since its process was killed, is
+    none: its picture is drawn again.
+    """
+    path = out / MANIFEST
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines():
+        try:
+            yield Drawn.model_validate_json(line)
+        except ValidationError:
+            continue
+
+
+def finished_in(out: Path, settings: Settings) -> Iterator[int]:
+    """Numbers of pictures that are there. Raises ValueError for pictures of other settings."""
+    for line in read_manifest(out):
+        theirs = Settings(**line.model_dump(include=set(Settings.model_fields)))
+        if theirs != settings:
+            raise ValueError(
+                f"{out} holds pictures of other settings, {theirs}: give another folder than for "
+                f"{settings}"
+            )
+        if (out / line.file).is_file():
+            yield line.number
+
+
+def tidy(out: Path) -> None:
+    """Remove what killed processes left half written, when nobody draws there any more."""
+    for path in out.glob(".*.png.*"):
+        path.unlink()
+
+
+def _save(picture: Tensor, path: Path, beside: Path) -> None:
+    """A PNG of [3, height, width] in [0, 1], under its name only when it is whole."""
+    levels = (255 * picture.float().clamp(0, 1)).round().to(torch.uint8)
+    Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(beside, "png")
+    os.replace(beside, path)
+
+
+def _append(path: Path, lines: Iterable[str]) -> None:
+    """In one write, which others' do not come into; after a line that was cut short, a new one."""
+    with path.open("ab", buffering=0) as file:
+        is_cut = file.tell() > 0 and not path.read_bytes().endswith(b"\n")
+        file.write(("\n" * is_cut + "".join(f"{line}\n" for line in lines)).encode())
