@@ -17,6 +17,7 @@ from typing import Any
 from rich.progress import Progress
 
 from benchmarks.frontier_point import REFERENCE, Point, draw, make_reference
+from kvruntime.quality import mean_interval
 from policies import POLICY_NAMES
 
 SEED = 30_000  # not one of the demo's, of calibration's or of those that anything was chosen by
@@ -134,22 +135,13 @@ def _summary(result: dict[str, Any], base: dict[str, Any] | None) -> dict[str, A
     paired, ratio = None, None
     if base is not None:
         both = zip(result["psnr"], base["psnr"], strict=True)
-        paired = _interval([a - b for a, b in both if math.isfinite(a) and math.isfinite(b)])
+        paired = mean_interval([a - b for a, b in both if math.isfinite(a) and math.isfinite(b)])
         ratio = statistics.fmean(result["kl"]) / statistics.fmean(base["kl"])
     return plain | {
         "identical_pictures": len(result["psnr"]) - len(differs),
-        "psnr_db": _interval(differs),
-        "ssim": _interval(result["ssim"]),
-        "kl": _interval(result["kl"]),
+        "psnr_db": mean_interval(differs),
+        "ssim": mean_interval(result["ssim"]),
+        "kl": mean_interval(result["kl"]),
         "paired_db": paired,
         "kl_ratio": ratio,
     }
-
-
-def _interval(values: list[float]) -> dict[str, float | None]:
-    """The mean and its 95 % interval, from the standard error; None where there are too few."""
-    if len(values) < 2:
-        mean = values[0] if values else None
-        return {"mean": mean, "low": None, "high": None}
-    mean, half = statistics.fmean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half}

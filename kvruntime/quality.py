@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,3 +41,11 @@ def kl_nats(logs: list[Tensor], reference: list[Tensor]) -> float:
         for ours, theirs in zip(logs, reference, strict=True)
     )
     return total / sum(part[..., 0].numel() for part in reference)
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean and its 95 % interval, from the standard error; None where there are too few."""
+    if len(values) < 2:
+        return {"mean": values[0] if values else None, "low": None, "high": None}
+    mean, half = statistics.fmean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}

@@ -1,4 +1,4 @@
-"""The command line: kvruntime demo, plan, sample, check, calibrate, tune,
+"""The command line: kvruntime demo, plan, sample, eval, check, calibrate, tune,
 doctor.
 """
 
@@ -8,6 +8,7 @@ import typer
 
 from kvruntime.cli.demo import demo
 from kvruntime.cli.doctor import doctor
+from kvruntime.cli.evaluate import evaluate_command
 from kvruntime.cli.models import calibrate_command, check_command, tune_command
 from kvruntime.cli.plan import plan_command
 from kvruntime.cli.sample import sample_command
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("plan")(plan_command)
 app.command("sample")(sample_command)
+app.command("eval")(evaluate_command)
 app.command("check")(check_command)
 app.command("calibrate")(calibrate_command)
 app.command("tune")(tune_command)

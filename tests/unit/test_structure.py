@@ -38,9 +38,9 @@ FLOORS = [  # of kvruntime, from the ground up: a module imports only from floor
     "adapters.attachment",
     "adapters.parity",
     "adapters",
-    "fold_errors tuning sampling demo.pictures demo.table demo.compare",
+    "fold_errors tuning sampling evaluation demo.pictures demo.table demo.compare",
     "calibration demo cli.common cli.building",
-    "cli.demo cli.doctor cli.plan cli.models cli.sample",
+    "cli.demo cli.doctor cli.plan cli.models cli.sample cli.evaluate",
     "cli",
     "__main__",
 ]
