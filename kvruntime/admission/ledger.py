@@ -142,9 +142,11 @@ class Ledger:
         self.queue.append(request)
 
     def start_now(self, request: Request, now: float) -> bool:
-        """Start before the queue, or not at all: for one that nobody can wait for. Whether that
-        went.
+        """Start before the queue, or not at all: for one that nobody can wait for. Whether it has
+        started: twice is allowed.
         """
+        if request in self.underway:
+            return True
         if request.asks > self.slack:
             return False
         self.underway.append(request)

@@ -116,6 +116,7 @@ def test_an_interrupt_at_any_line_of_admission():
                 with cache.open(1, ticket=tickets[1]) as generation:
                     for layer in range(2):
                         generation.attend(layer, *fresh(GROWING, 0, layer, rows=1))
+                    generation.fork().close()
         except KeyboardInterrupt:
             places.add(interrupts.where)
         tickets = generation = None
