@@ -113,6 +113,7 @@ class Drawing(RuleBasedStateMachine):
         twin = self.request(never_waiting(parent.demand, parent.done), parent.done)
         room = self.ledger.slack
         if self.ledger.start_now(twin, self.now):
+            assert self.ledger.start_now(twin, self.now)  # twice, as after an interrupt
             assert twin.held == twin.peak_left <= room
             self.forks.add(twin)
             for queued in self.ledger.queue:  # which it was put before, as its parent was
