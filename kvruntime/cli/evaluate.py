@@ -34,17 +34,18 @@ def evaluate_command(
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(title=f"{len(report['pictures'])} pictures beside {report['reference']}")
-    columns = ("folder", "PSNR, dB", "beside the first", "SSIM", "LPIPS", "FID", "identical")
-    for name in columns:
+    for name in ("folder", "PSNR, dB", "SSIM", "LPIPS", "FID", "identical"):
         table.add_column(name, justify="left" if name == "folder" else "right")
+    if len(report["folders"]) > 1:
+        table.add_column("PSNR beside the first, paired", justify="right")
     for number, each in enumerate(report["folders"]):
         table.add_row(
             each["folder"],
             _interval(each["psnr_db"], ".2f"),
-            _interval(each["paired_with_first"]["psnr_db"], "+.2f") if number else "",
             _interval(each["ssim"], ".3f"),
             *(f"{each[name]:.3f}" if name in each else "-" for name in ("lpips", "fid")),
             str(each["identical"]),
+            *([_interval(each["paired_with_first"]["psnr_db"], "+.2f")] if number else []),
         )
     return table
 
