@@ -45,7 +45,7 @@ class Wish(BaseModel):
     labels: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=256)
     seed: int = 0
     policy: str = "scalekv"
-    budget: float | str = 0.10
+    budget: int | float | str = 0.10
     kv_dtype: str | None = None
 
 
@@ -68,7 +68,9 @@ class Painter:
         )
         self.plan = lru_cache(maxsize=1024)(self._plan)
 
-    def _plan(self, pictures: int, policy: str, budget: float | str, kv_dtype: str | None) -> Plan:
+    def _plan(
+        self, pictures: int, policy: str, budget: int | float | str, kv_dtype: str | None
+    ) -> Plan:
         with kvruntime.attach(
             self._planner, policy, budget, kv_dtype=kv_dtype, admission=self.admission
         ) as attached:

@@ -18,6 +18,8 @@ with extra("cli"):
     from PIL import Image
     from torchmetrics.functional.image import structural_similarity_index_measure
 
+_LEAST_SIDE = 11  # of the window of SSIM
+
 
 def read_picture(path: Path) -> Tensor:
     """[3, height, width] in [0, 1]. Raises ValueError for what is no picture."""
@@ -55,6 +57,8 @@ def compare(
         if theirs.shape != ours.shape:
             sizes = " and ".join(str(tuple(one.shape[-2:])) for one in (theirs, ours))
             raise ValueError(f"{name} is {sizes} pixels high and wide")
+        if min(ours.shape[-2:]) < _LEAST_SIDE:
+            raise ValueError(f"{name}: SSIM needs {_LEAST_SIDE} pixels to either side")
         found["psnr_db"].append(float(psnr_db(ours, theirs)))
         found["ssim"].append(_ssim(ours, theirs))
         tick()

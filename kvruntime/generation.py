@@ -266,7 +266,7 @@ class Generation:
         pool = self._runner.pool
         pool.dismiss(self)
         if self._ticket is not None:
-            self._ticket.close()
+            self._ticket.leave()
         on_close, self._on_close = self._on_close, None
         self._is_open = False
         if on_close is not None:

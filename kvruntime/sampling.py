@@ -23,15 +23,19 @@ MANIFEST = "manifest.jsonl"
 
 
 class Settings(BaseModel):
-    """What all pictures of a folder have in common. batch: drawn at a time; the seed of a batch is
-    the number of its first picture, so that it does not matter who draws it.
+    """What all pictures of a folder have in common. batch: drawn at a time, whole ones only; the
+    seed of a batch is the number of its first picture. So it does not matter who draws it, nor how
+    many are wanted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
+    weights: str | None = None
+    resolution: str | None = None
+    aspect: str = "1.000"
     policy: str
-    budget: float | str
+    budget: int | float | str
     kv_dtype: str | None
     dtype: str
     batch: NonNegativeInt
@@ -78,7 +82,7 @@ def sample(
             if all(number in finished for number in numbers):
                 continue
             began = time.perf_counter()
-            pictures = built.draw(len(numbers), first, **drawing)
+            pictures = built.draw(settings.batch, first, **drawing)[: len(numbers)]
             seconds, stats = time.perf_counter() - began, attached.stats
             lines = []
             for number, picture in zip(numbers, pictures, strict=True):
@@ -97,7 +101,7 @@ def sample(
                     )
                     lines.append(line.model_dump_json())
             _append(out / MANIFEST, lines)
-            tick(sum(1 for _ in read_manifest(out)))
+            tick((out / MANIFEST).read_bytes().count(b"\n"))
 
 
 def read_manifest(out: Path) -> Iterator[Drawn]:
@@ -118,7 +122,7 @@ def finished_in(out: Path, settings: Settings) -> Iterator[int]:
     """Numbers of pictures that are there. Raises ValueError for pictures of other settings."""
     for line in read_manifest(out):
         theirs = Settings(**line.model_dump(include=set(Settings.model_fields)))
-        if theirs != settings:
+        if theirs.model_dump_json() != settings.model_dump_json():  # 1 is not 1.0
             raise ValueError(
                 f"{out} holds pictures of other settings, {theirs}: give another folder than for "
                 f"{settings}"

@@ -99,7 +99,8 @@ class Attachment:
 
     def use(self, ticket: Ticket) -> None:
         """The next generation draws on this ticket of the admission that was given to ``attach``:
-        one that was acquired for ``plan(...)`` of its call. Else a call gets one itself.
+        one that was acquired for ``plan(...)`` of its call. Else a call gets one itself. If the
+        call ends without having used it, it is given up.
         """
         self._serving.ticket = ticket
 
@@ -195,6 +196,7 @@ class Attachment:
             raise
         finally:
             self._serving.close(call)
+            self._serving.give_up_ticket()
             if not is_complete:
                 self._switch_off(call)
             self._outside.is_on = set(call.is_on)  # as its modules are now

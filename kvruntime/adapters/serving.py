@@ -131,4 +131,11 @@ class Serving:
         for generation in self._open_now:
             generation.close()
         self._open_now.clear()
+        self.give_up_ticket()
         self._caches.let_go()
+
+    def give_up_ticket(self) -> None:
+        """The call that it was for has ended without it, or there will be none."""
+        ticket, self.ticket = self.ticket, None
+        if ticket is not None:
+            ticket.cancel()

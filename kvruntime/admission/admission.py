@@ -40,7 +40,8 @@ class Admission:
     an admission must not wait for each other by other means.
 
     most_pages: of one generation. most_underway: generations at a time, since each has a workspace
-    beside its pages. most_waiting: in the queue. None: as many as there are. clock: seconds.
+    beside its pages; a thread's second one and forks come on top. most_waiting: in the queue. None:
+    as many as there are. clock: seconds.
 
     Takes the pool for good: from now on its generations need ``PagedKVCache(admission=)`` or
     ``attach(admission=)``. Threads, and asyncio tasks of any loop, may share one.
@@ -91,14 +92,17 @@ class Admission:
         ledger, most = self._shared.ledger, self._most_waiting
         request = self._shared.request(self._demand(plan))
         ticket = Ticket(self._shared, request)
+        found: list[int] = []  # in the queue
 
         def queue(now: float) -> None:
-            if request not in ledger.queue and (most is None or len(ledger.queue) < most):
-                ledger.submit(request)
+            if request not in ledger.queue:
+                found[:] = [len(ledger.queue)]
+                if most is None or found[0] < most:
+                    ledger.submit(request)
 
         self._shared.decide(queue)
-        if most is not None and not ticket.has_started and request not in ledger.queue:
-            raise QueueFull(len(ledger.queue), most)
+        if most is not None and found[0] >= most:
+            raise QueueFull(found[0], most)
         return ticket
 
     async def acquire(self, plan: Plan) -> Ticket:

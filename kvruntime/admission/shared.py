@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections import deque
@@ -52,7 +53,11 @@ class SharedLedger:
         with self._lock:
             self._changer = sys._getframe()
             while self._changes:
-                self._changes[0](self._clock())
+                try:
+                    self._changes[0](self._clock())
+                except Exception:
+                    self._changes.popleft()
+                    raise
                 self._changes.popleft()
             self.ledger.leave_all_over()
             now = self._clock()
@@ -74,15 +79,13 @@ class SharedLedger:
 
     def _look_again(self, now: float, delay: float) -> None:
         """In so many seconds the head of the queue may start."""
-        if 0.0 < delay < float("inf") and now + delay < self._looks_at:
-            self._looks_at = now + delay
-            timer = threading.Timer(delay, self._look)
+        is_due = self._looks_at <= now  # or was: its timer looks, or could not start
+        if 0.0 < delay < float("inf") and (is_due or now + delay < self._looks_at):
+            timer = threading.Timer(delay, self.look)
             timer.daemon = True
-            timer.start()
-
-    def _look(self) -> None:
-        self._looks_at = float("inf")
-        self.look()
+            with contextlib.suppress(RuntimeError):  # no more threads: whoever comes next looks
+                timer.start()
+                self._looks_at = now + delay
 
     def look(self) -> None:
         """Let those leave that are over, and grant what can be granted."""

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from kvruntime.admission.demand import Demand, never_waiting
@@ -47,15 +48,18 @@ class Ticket:
         giving up nothing; ScheduleError where it would wait for a generation that this thread
         draws.
         """
-        while not self._may_go_on():
-            self._refuse_to_wait_for_myself()
-            if not self._bell.rung.wait(timeout):
-                ledger = self.shared.ledger
-                raise TimeoutError(
-                    f"{self.request.asks} pages were not free in {timeout} s: {ledger.held} of "
-                    f"{ledger.num_pages} are held by {len(ledger.underway)} generations"
-                )
-            self._bell.rung.clear()
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._bell.heard_by_thread() as heard:
+            while not self._may_go_on():
+                self._refuse_to_wait_for_myself()
+                left = -1 if until is None else max(0.0, until - time.monotonic())
+                if not heard.acquire(timeout=left):
+                    ledger = self.shared.ledger
+                    raise TimeoutError(
+                        f"no turn in {timeout} s for one that needs {self.request.asks} pages: "
+                        f"{ledger.held} of {ledger.num_pages} are held by {len(ledger.underway)} "
+                        f"generations, and {len(ledger.queue)} wait to start"
+                    )
 
     async def started(self) -> None:
         """The same for a task; one that is cancelled gives the place up. Another ticket that the
@@ -67,7 +71,7 @@ class Ticket:
                     await heard.wait()
                     heard.clear()
         except BaseException:
-            self.close()
+            self.cancel()
             raise
 
     def _may_go_on(self) -> bool:
@@ -93,9 +97,13 @@ class Ticket:
         begins, and closes. From any thread; twice is allowed.
         """
         self._is_cancelled = True
-        if self._unused:
-            self.close()
+        self._give_up_unused()
         self._bell.ring()
+
+    def _give_up_unused(self) -> None:
+        with contextlib.suppress(IndexError):  # somebody draws on it, who leaves at the end
+            self._unused.pop()
+            self.leave()
 
     def take(self) -> None:
         """For the generation that draws on it: waits until it may start. Raises ScheduleError if
@@ -105,6 +113,7 @@ class Ticket:
         try:
             self._unused.pop()
         except IndexError:
+            self._may_go_on()  # raises Cancelled if that is why
             raise ScheduleError(_USED) from None
         self._enter_leg()
 
@@ -114,7 +123,6 @@ class Ticket:
         """
         if step < self._next_leg:
             return
-        self._bell.rung.clear()
         request, leg, ledger = self.request, self.request.done, self.shared.ledger
         self.shared.change(lambda now: ledger.end_leg(request, leg, now))
         self.wait()
@@ -132,11 +140,10 @@ class Ticket:
 
     def leave_with(self, generation: object) -> None:
         """Leave when that is dropped without having been closed."""
-        self.request.holder = weakref.ref(generation)
-        weakref.finalize(generation, self.shared.look).atexit = False
+        weakref.finalize(generation, self.leave).atexit = False
 
-    def close(self) -> None:
-        """Leave, after the pages have gone back. Twice is allowed."""
+    def leave(self) -> None:
+        """For the generation that drew on it: its pages have gone back. Twice is allowed."""
         self.request.is_over = True
         self.shared.look()
 
@@ -156,8 +163,7 @@ class Ticket:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._unused:
-            self.close()
+        self._give_up_unused()
 
 
 def start_now(shared: SharedLedger, demand: Demand, done: int = 0) -> Ticket:
@@ -172,24 +178,37 @@ def start_now(shared: SharedLedger, demand: Demand, done: int = 0) -> Ticket:
 
 
 class _Bell:
-    """Wakes whoever waits, a thread or a task."""
+    """Wakes whoever waits, threads and tasks. Has no lock of its own: a signal handler may ring it
+    in the middle of a wait.
+    """
 
     def __init__(self) -> None:
-        self.rung = threading.Event()
-        self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._listeners: list[Callable[[], object]] = []
 
     def ring(self) -> None:
-        self.rung.set()
-        for loop, event in list(self._listeners):
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there
-                loop.call_soon_threadsafe(event.set)
+        for listener in list(self._listeners):
+            with contextlib.suppress(RuntimeError):  # heard already, or the loop is closed
+                listener()
+
+    @contextlib.contextmanager
+    def _heard(self, listener: Callable[[], object]) -> Iterator[None]:
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    @contextlib.contextmanager
+    def heard_by_thread(self) -> Iterator[threading.Lock]:
+        """A lock that can be acquired once for each time the bell rings, or several."""
+        lock = threading.Lock()
+        lock.acquire()
+        with self._heard(lock.release):
+            yield lock
 
     @contextlib.contextmanager
     def heard_by(self, loop: asyncio.AbstractEventLoop) -> Iterator[asyncio.Event]:
         """An event of that loop, set whenever the bell rings."""
-        listener = (loop, asyncio.Event())
-        self._listeners.append(listener)
-        try:
-            yield listener[1]
-        finally:
-            self._listeners.remove(listener)
+        event = asyncio.Event()
+        with self._heard(lambda: loop.call_soon_threadsafe(event.set)):
+            yield event

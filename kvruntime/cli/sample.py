@@ -63,6 +63,9 @@ def sample_command(
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         settings = Settings(
             model=model,
+            weights=None if weights is None else str(weights),
+            resolution=resolution,
+            aspect=aspect,
             policy=policy,
             budget=parse_budget(budget),
             kv_dtype=kv_dtype,

@@ -87,6 +87,20 @@ def test_a_picture_that_is_gone_is_drawn_again(tmp_path):
     assert pictures(tmp_path) == after
 
 
+def test_only_whole_batches_are_drawn(tmp_path):
+    """So a picture does not depend on how many are wanted, where a batch has one seed."""
+    built, asked = build("emoji64"), []
+    draw = built.draw
+
+    def counted(count, seed):
+        asked.append((count, seed))
+        return draw(count, seed)
+
+    object.__setattr__(built, "draw", counted)
+    sample(built, SETTINGS, 3, tmp_path)
+    assert asked == [(2, 0), (2, 2)] and len(pictures(tmp_path)) == 3
+
+
 def test_an_interrupt_loses_a_batch_at_most(tmp_path):
     built = build("emoji64")
     draw, calls = built.draw, []
@@ -115,5 +129,10 @@ def test_the_command(tmp_path, alone):
     assert pictures(out).items() <= pictures(alone).items()
     assert CliRunner().invoke(app, [*call, "--policy", "best"]).exit_code == 2
     assert CliRunner().invoke(app, [*call, "--count", "0"]).exit_code == 2
+    tokens = [*call[:3], str(tmp_path / "tokens"), "--count", "2", "--batch", "2", "--budget", "42"]
+    assert CliRunner().invoke(app, tokens).exit_code == 0
+    assert {line.budget for line in read_manifest(tmp_path / "tokens")} == {42}
+    other = CliRunner().invoke(app, [*tokens[:-1], "42.0"])
+    assert other.exit_code == 2, "a fraction is not a number of tokens"
     torch.manual_seed(0)
     assert CliRunner().invoke(app, call).exit_code == 0, "nothing to do"

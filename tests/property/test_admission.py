@@ -111,7 +111,7 @@ def test_an_interrupt_at_any_line_of_admission():
             with interrupts:
                 tickets = [admission.submit(cache.plan(1)) for _ in range(2)]
                 tickets[0].cancel()
-                others[0].close()
+                others[0].leave()
                 cache.open(2, ticket=others[1]).close()
                 with cache.open(1, ticket=tickets[1]) as generation:
                     for layer in range(2):
@@ -120,7 +120,7 @@ def test_an_interrupt_at_any_line_of_admission():
         except KeyboardInterrupt:
             places.add(interrupts.where)
         tickets = generation = None
-        others[0].close()
+        others[0].leave()
         if not others[1].request.done and others[1]._unused:
             cache.open(2, ticket=others[1]).close()
         others = None

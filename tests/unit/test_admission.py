@@ -1,16 +1,15 @@
 """Admission: who waits, who is refused, and how one leaves."""
 
 import asyncio
-import copy
 import gc
+import signal
 import threading
 import time
 
 import pytest
-import torch
 
-import kvruntime
 from kvruntime import Admission, Cancelled, OutOfPages, QueueFull, ScheduleError, WillNeverFit
+from kvruntime.admission import Ticket
 from tests.generations import fresh
 from tests.shared import pool_of
 from tests.waiting import GROWING, PEAK, SOON, in_threads, is_empty
@@ -193,45 +192,59 @@ def test_the_head_of_the_queue_starts_by_the_clock():
     assert is_empty(admission)
 
 
-def test_models_in_threads_share_a_pool(tiny_model):
-    """attach(admission=): each thread has a model of its own, and all draw as they do alone."""
-    labels = torch.tensor([0, 2])
-    models = [copy.deepcopy(tiny_model) for _ in range(3)]
-    policies = [("full", 1.0), ("scalekv", 0.5), ("centroid", 0.4)]
-    wanted, plans = [], []
-    for model, (policy, budget) in zip(models, policies, strict=True):
-        with kvruntime.attach(model, policy, budget) as attached:
-            wanted.append(model.generate(labels, seed=3))
-            plans.append(attached.plan(2))
-    pool = kvruntime.Pool(
-        num_pages=max(plan.peak_pages for plan in plans),
-        page_bytes=max(plan.bytes_per_page for plan in plans),
-        plane_bytes=max(plan.plane_bytes_per_page for plan in plans),
-    )
-    admission = Admission(pool)
-    drawn = [[], [], []]
+def test_a_ticket_that_is_cancelled_while_it_is_taken(monkeypatch):
+    """Between its turn and the drawing: it belongs to one of the two."""
+    admission = Admission(pool_of(PEAK))
+    cache = GROWING.cache(admission=admission)
+    ticket = admission.submit(cache.plan(2))
+    wait = Ticket.wait
 
-    def work(number):
-        policy, budget = policies[number]
-        with kvruntime.attach(models[number], policy, budget, admission=admission) as attached:
-            for seed in range(3, 6):
-                drawn[number].append(models[number].generate(labels, seed=seed))
-            ticket = admission.submit(attached.plan(2))
-            attached.use(ticket)
-            drawn[number].append(models[number].generate(labels, seed=3))
-            assert ticket.has_started and not attached.stats.live_pages
+    def wait_and_cancel(self, timeout=None):
+        wait(self, timeout)
+        self.cancel()
 
-    in_threads(*(lambda number=number: work(number) for number in range(3)))
-    for ours, own in zip(drawn, wanted, strict=True):
-        assert torch.equal(ours[0], own) and torch.equal(ours[3], own)
-        assert not torch.equal(ours[1], own), "another seed"
+    monkeypatch.setattr(Ticket, "wait", wait_and_cancel)
+    with pytest.raises(Cancelled):
+        cache.open(2, ticket=ticket)
     assert is_empty(admission)
 
 
-def test_a_run_that_fails_in_the_model_leaves(tiny_model):
-    admission = Admission(kvruntime.Pool(num_pages=200, page_bytes=2**16, plane_bytes=2**10))
-    with kvruntime.attach(tiny_model, "full", 1.0, admission=admission):
-        with pytest.raises(IndexError):
-            tiny_model.generate(torch.tensor([10**6]), seed=0)
-        tiny_model.generate(torch.tensor([1]), seed=0)
-        assert is_empty(admission)
+def test_two_threads_that_wait_for_one_ticket():
+    """Both hear of it; one draws."""
+    admission = Admission(pool_of(PEAK))
+    cache = GROWING.cache(admission=admission)
+    first = cache.open(2)
+    tickets = [admission.submit(cache.plan(2)) for _ in range(2)]
+    threading.Timer(0.1, first.close).start()
+    waits = [lambda: tickets[0].wait(SOON)] * 3
+    in_threads(*waits)
+    tickets[0].cancel()
+    in_threads(lambda: cache.open(2, ticket=tickets[1]).close())
+    assert is_empty(admission)
+
+
+def test_a_signal_while_a_thread_waits_may_cancel():
+    """The handler runs in the middle of the wait, in the same thread."""
+    admission = Admission(pool_of(PEAK))
+    cache = GROWING.cache(admission=admission)
+    with admission.submit(cache.plan(2)):  # which nobody draws on
+        ticket = admission.submit(cache.plan(2))
+        before = signal.signal(signal.SIGALRM, lambda *_: ticket.cancel())
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            with pytest.raises(Cancelled):
+                ticket.wait(SOON)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+    assert is_empty(admission)
+
+
+def test_a_change_that_raises_is_not_made_again():
+    admission = Admission(pool_of(PEAK))
+
+    def fail(now):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        admission._shared.change(fail)
+    assert is_empty(admission)

@@ -68,6 +68,9 @@ def test_the_command(tmp_path):
     fewer, larger = folder(tmp_path / "fewer", 1, 3), folder(tmp_path / "larger", 1, size=(32, 32))
     broken = folder(tmp_path / "broken", 1)
     (broken / "2.png").write_bytes((broken / "2.png").read_bytes()[:200])
+    small = folder(tmp_path / "small", 1, size=(5, 5))
+    done = CliRunner().invoke(app, ["eval", str(small), str(small)])
+    assert done.exit_code == 2 and "SSIM needs 11 pixels" in done.stderr.replace("\n", " ")
     for wrong, said in (
         (fewer, "lacks 1 of 4: 3.png first"),
         (larger, "(32, 24) and (32, 32) pixels"),
