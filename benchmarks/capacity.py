@@ -11,7 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks.common import random_steps
-from benchmarks.memory import allocations
+from benchmarks.memory import peak_allocated_bytes
 from kvruntime import CacheOptions, PagedKVCache, Pool, WillNeverFit
 from kvruntime.catalogue import Model, find_model
 
@@ -56,11 +56,7 @@ def own_bytes(model: Model, rows: int) -> int:
             for layer in range(layers):
                 cache.append(layer, keys, values)
 
-    now = peak = 0
-    for _, size, _ in allocations(draw, ((OwnCache, "append"),)):
-        now += size
-        peak = max(peak, now)
-    return peak
+    return peak_allocated_bytes(draw, ((OwnCache, "append"),))
 
 
 def _steps(model: Model, rows: int) -> list[Tensor]:
@@ -83,14 +79,14 @@ def run(progress: Progress, own_rows: int = OWN_ROWS) -> dict[str, Any]:
         "resolution": RESOLUTION,
         "cap_bytes": cap,
         "own_rows": own_rows,
-        "own_planned_bytes": own_rows * _planned_own(model),
+        "own_planned_bytes": _planned_own(model, own_rows),
         "fits": fits,
     }
 
 
-def _planned_own(model: Model) -> int:
+def _planned_own(model: Model, rows: int) -> int:
     cache = PagedKVCache(model.geometry, model.schedule, softmax_scale=1.0)
-    return cache.plan(1).baseline_bytes()["with_cat_copy_bytes"]
+    return cache.plan(rows).baseline_bytes()["with_cat_copy_bytes"]
 
 
 def most_rows(

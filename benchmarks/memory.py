@@ -115,15 +115,17 @@ def measure(
     }
 
 
-def peak_allocated_bytes(draw: Callable[[], object]) -> int:
-    """Most bytes alive at once of what PagedKVCache.open and Generation.attend allocate while
-    ``draw`` runs.
+def peak_allocated_bytes(
+    draw: Callable[[], object], scopes: tuple[tuple[type, str], ...] = SCOPED
+) -> int:
+    """Most bytes alive at once of what these methods allocate while ``draw`` runs; without
+    ``scopes`` PagedKVCache.open and Generation.attend.
 
     What the attention kernel allocates inside is left out: the model's own cache calls the same
     one.
     """
     now = peak = 0
-    for _, size, _ in allocations(draw):
+    for _, size, _ in allocations(draw, scopes):
         now += size
         peak = max(peak, now)
     return peak

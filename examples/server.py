@@ -17,6 +17,7 @@ import asyncio
 import io
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from queue import SimpleQueue
@@ -59,6 +60,7 @@ class Painter:
         self._free: SimpleQueue[EmojiVAR] = SimpleQueue()
         for _ in range(models):
             self._free.put(load_model())
+        self._threads = ThreadPoolExecutor(models)  # as many: nobody with a place waits for one
         self.num_classes = len(load_classes())
         self.pool = kvruntime.Pool(memory, page_bytes=PAGE_BYTES, plane_bytes=PLANE_BYTES)
         self.admission = kvruntime.Admission(
@@ -75,6 +77,11 @@ class Painter:
             self._planner, policy, budget, kv_dtype=kv_dtype, admission=self.admission
         ) as attached:
             return attached.plan(pictures)
+
+    async def paint(self, wish: Wish, ticket: kvruntime.Ticket) -> bytes:
+        """``draw`` in a thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self.draw, wish, ticket)
 
     def draw(self, wish: Wish, ticket: kvruntime.Ticket) -> bytes:
         """A PNG of the pictures beside each other."""
@@ -157,7 +164,7 @@ async def _paint(painter: Painter, wish: Wish, request: Request) -> bytes:
         async with _cancelled_if_gone(request, ticket):
             try:
                 await ticket.started()
-                return await asyncio.to_thread(painter.draw, wish, ticket)
+                return await painter.paint(wish, ticket)
             except kvruntime.Cancelled:
                 raise HTTPException(CLIENT_GONE, "the client went away") from None
 

@@ -146,6 +146,8 @@ def _save(picture: Tensor, path: Path, beside: Path) -> None:
 
 def _append(path: Path, lines: Iterable[str]) -> None:
     """In one write, which others' do not come into; after a line that was cut short, a new one."""
-    with path.open("ab", buffering=0) as file:
-        is_cut = file.tell() > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        is_cut = end > 0 and file.read(1) != b"\n"
         file.write(("\n" * is_cut + "".join(f"{line}\n" for line in lines)).encode())

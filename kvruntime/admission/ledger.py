@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from statistics import median
@@ -182,9 +182,8 @@ class Ledger:
         """Grant what can be granted: legs of those under way, from the front on, then starts. Wake
         those that got something. O(requests under way).
         """
-        behind, slack = self.held, self.num_pages  # slack: least of those in front
-        for request in self.underway:
-            behind -= request.held
+        slack = self.num_pages  # least of those in front
+        for request, behind in self._with_what_is_behind():
             if not request.is_running and (asks := request.asks) <= slack:
                 slack -= max(0, asks)
                 request.grant(now)
@@ -201,14 +200,20 @@ class Ledger:
                 request.wake()
                 request.told = request.granted
 
+    def _with_what_is_behind(self) -> Iterator[tuple[Request, int]]:
+        """Each that is under way, and what those behind it hold."""
+        behind = self.held
+        for request in self.underway:
+            behind -= request.held
+            yield request, behind
+
     @property
     def slack(self) -> int:
         """Pages that one behind all others may take: the least of num_pages - peak_left - what
         those behind hold.
         """
-        behind, least = self.held, self.num_pages
-        for request in self.underway:
-            behind -= request.held
+        least = self.num_pages
+        for request, behind in self._with_what_is_behind():
             least = min(least, self.num_pages - request.peak_left - behind)
         return least
 
@@ -233,9 +238,8 @@ class Ledger:
 
     def check(self) -> None:
         """Assert every invariant. O(requests)."""
-        behind = self.held
-        for request in self.underway:
-            behind -= request.held
+        assert self.held <= self.num_pages, "more granted than there is"
+        for request, behind in self._with_what_is_behind():
             assert request.peak_left + behind <= self.num_pages, "cannot come to its end"
             assert request.granted - request.done in (0, 1), "a leg that nobody granted"
         assert not any(request.has_started for request in self.queue), "has started, and is queued"

@@ -34,7 +34,7 @@ class SharedLedger:
     @property
     def held_pages(self) -> int:
         """Pages that generations may own now."""
-        return sum(request.held for request in list(self.ledger.underway))
+        return self.ledger.held
 
     def request(self, demand: Demand, done: int = 0) -> Request:
         """A request of which so many legs are over, in nobody's list yet."""

@@ -53,9 +53,7 @@ def test_eight_threads_draw_what_each_draws_alone(count):
             except OutOfPages:
                 assert fork is not None, "only forks may be refused"
                 ended["no room"] += 1
-            admission.check()
-            stats = admission.stats
-            assert stats.held_pages <= stats.num_pages
+            admission.check()  # also that no more is granted than there is, at one moment
 
     sys.setswitchinterval(1e-5)
     try:
