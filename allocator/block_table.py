@@ -42,13 +42,16 @@ class BlockTable:
 
     Always:
         lane (r, h) owns pages[r, h, : num_pages[r, h]], in the order of its tokens
-        every owned page is live in the allocator, and no two lanes of the table own the same one
+        every owned page is live in the allocator, and has as many references at least as lanes of
+        the table own it: one, but for rows that were repeated
         entries of ``pages`` past num_pages are 0 and mean nothing
         lengths[r, h] tokens are stored in num_pages[r, h] pages
     Rows in lockstep are equally long; they differ only while a step goes through them in chunks.
 
     A change has two halves: ``propose`` works it out and ``commit`` carries it out. ``state`` is
     set in one assignment, so that an interrupt finds the table before the change or after it.
+
+    most_owned: the most pages that a commit has left owned, since it was last set by whoever asks.
     """
 
     def __init__(self, allocator: PageAllocator, rows: int, heads: int) -> None:
@@ -57,6 +60,8 @@ class BlockTable:
                 raise ValueError(f"{name} must be positive, got {value}")
         counts = np.zeros((2, rows, heads), dtype=np.int64)
         self._allocator = allocator
+        self._has_copies = False  # whether lanes may own the same page
+        self.most_owned = 0
         self.state: tuple[PageIds, Counts, Counts] = (
             np.zeros((rows, heads, 0), dtype=np.int32),
             counts[0],
@@ -80,11 +85,11 @@ class BlockTable:
 
     @property
     def num_owned(self) -> int:
-        """Pages of all lanes."""
-        return int(self.state[2].sum())
+        """Pages of all lanes, each once."""
+        return np.unique(self.owned()).size if self._has_copies else int(self.state[2].sum())
 
     def owned(self) -> PageIds:
-        """Every page id of the table, lane by lane."""
+        """Every page id of the table, lane by lane; one that two lanes own twice."""
         pages, _, num_pages = self.state
         return pages[_used(num_pages, pages.shape[2])]
 
@@ -144,6 +149,7 @@ class BlockTable:
             table[change.rows] = 0
             table[change.rows, :, : ids.shape[2]] = ids
         self.state = table, new_lengths, new_num_pages
+        self.most_owned = max(self.most_owned, self.num_owned)
         return old, ids[change.replaced]
 
     def share(self) -> BlockTable:
@@ -152,7 +158,15 @@ class BlockTable:
         twin = BlockTable(self._allocator, *pages.shape[:2])
         self._allocator.retain(self.owned())
         twin.state = pages.copy(), lengths.copy(), num_pages.copy()
+        twin._has_copies = self._has_copies
         return twin
+
+    def repeat_rows(self, count: int) -> None:
+        """Each row becomes ``count`` rows next to each other, over the same pages."""
+        self._has_copies = True
+        self._allocator.retain(np.tile(self.owned(), count - 1))
+        pages, lengths, num_pages = self.state
+        self.state = pages.repeat(count, 0), lengths.repeat(count, 0), num_pages.repeat(count, 0)
 
     def keep_rows(self, rows: NDArray[np.int64]) -> None:
         """Give back the pages of all but these distinct rows, which become rows 0, 1, ..."""
@@ -178,8 +192,10 @@ class BlockTable:
         pages, _, num_pages = self.state
         owned = self.owned()
         assert owned.size == int(num_pages.sum()), "a lane lost a page"
-        assert np.unique(owned).size == owned.size, "two lanes own one page"
+        ids, times = np.unique(owned, return_counts=True)
+        assert self._has_copies or (times == 1).all(), "two lanes own one page"
         assert (self._allocator.references(owned) > 0).all(), "a lane owns a free page"
+        assert (self._allocator.references(ids) >= times).all(), "more owners than references"
         assert not pages[~_used(num_pages, pages.shape[2])].any(), "an id past the end"
 
 

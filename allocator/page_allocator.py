@@ -24,11 +24,11 @@ class PageAllocator:
         _extra_references is the sum over live pages of their owners beyond the first
         num_live <= high_water <= num_pages
 
-    Every call costs O(ids in the call), whatever the size of the pool, and changes everything or
-    nothing. Ids may come in any shape; those of one call must be distinct. The arrays that calls
-    work in are made once, since fresh ones cost more than the work: whoever shares an allocator
-    between threads holds a lock around each call, and after a call that was interrupted half way
-    calls ``rebuild``.
+    Every call costs O(ids in the call), whatever the size of the pool, or sorting them where pages
+    are shared, and changes everything or nothing. Ids may come in any shape; a page that one call
+    names several times gains or loses as many references. The arrays that calls work in are made
+    once, since fresh ones cost more than the work: whoever shares an allocator between threads
+    holds a lock around each call, and after a call that was interrupted half way calls ``rebuild``.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -76,24 +76,22 @@ class PageAllocator:
     def retain(self, pages: ArrayLike) -> None:
         """Add a reference to each of these live pages.
 
-        Raises PageStateError, adding none, for a page that is free, foreign or named twice.
+        Raises PageStateError, adding none, for a page that is free or foreign.
         """
-        ids, owners = self._mark(pages)
-        self._references[ids] = owners + 1
-        self._extra_references += ids.size
+        ids, times = np.unique(self._known(pages), return_counts=True)
+        owners = self._references[ids]
+        if owners.min(initial=1) <= 0:
+            raise PageStateError(f"page {ids[owners <= 0][0]} is free already; nothing was changed")
+        self._references[ids] = owners + times
+        self._extra_references += int(times.sum())
 
     def release(self, pages: ArrayLike) -> int:
         """Drop a reference from each of these live pages; return how many became free.
 
-        Raises PageStateError, dropping none, for a page that is free, foreign or named twice.
+        Raises PageStateError, dropping none, for a page that is free, foreign or named more often
+        than it has owners.
         """
-        ids, owners = self._mark(pages)
-        if self.is_sharing and owners.max(initial=1) > 1:
-            self._references[ids] = owners - 1
-            self._extra_references -= int(np.count_nonzero(owners > 1))
-            ids = ids[owners == 1]
-            self._references[ids] = self._marks[self.num_free : self.num_free + ids.size]
-            self._stack[self.num_free : self.num_free + ids.size] = ids
+        ids = self._drop_shared(pages) if self.is_sharing else self._drop(pages)
         self.num_free += ids.size
         return ids.size
 
@@ -105,7 +103,8 @@ class PageAllocator:
         """
         ids, count = np.asarray(dropped), _checked(count)
         if count > self.num_free:
-            free = self.num_free + int(np.count_nonzero(self.references(ids) == 1))
+            distinct, times = np.unique(self._known(ids), return_counts=True)
+            free = self.num_free + int(np.count_nonzero(self._references[distinct] == times))
             if count > free:
                 raise OutOfPages(count, free, self.num_pages)
         if ids.size:
@@ -113,7 +112,7 @@ class PageAllocator:
         return self.allocate(count)
 
     def rebuild(self, owned: Iterable[PageIds]) -> None:
-        """Forget everything and believe ``owned``: one array of distinct ids for each owner.
+        """Forget everything and believe ``owned``: an array of the ids that each owner has.
 
         O(num_pages). For after an interrupt in the middle of a change, when owners know better.
         """
@@ -158,12 +157,9 @@ class PageAllocator:
             raise PageStateError(f"page {foreign} is not one of the {self.num_pages} of this pool")
         return given
 
-    def _mark(self, pages: ArrayLike) -> tuple[NDArray[np.intp], PageIds]:
-        """The ids as a flat index array and their owners; each id in range, live and named once.
-
-        Leaves each page on top of the free stack and its entry as if it were free: of an id named
-        twice only one mark survives, which is how it is found. The caller counts those that are
-        free from now on, and writes the entries of the others.
+    def _drop(self, pages: ArrayLike) -> NDArray[np.intp]:
+        """Where no page is shared: put these on top of the free stack, and mark them free. The
+        caller counts them. Of an id named twice only one mark survives, which is how it is found.
         """
         given = self._known(pages)
         if given.size > self.num_pages:
@@ -179,8 +175,25 @@ class PageAllocator:
         self._references.take(ids, out=found, mode="wrap")
         if (found != marks).any():
             self._references[ids] = owners
-            raise PageStateError(f"page {ids[found != marks][0]} is named twice in one call")
-        return ids, owners
+            raise PageStateError(f"page {ids[found != marks][0]} is named twice and has one owner")
+        return ids
+
+    def _drop_shared(self, pages: ArrayLike) -> NDArray[np.intp]:
+        """The same where pages may have several owners."""
+        ids, times = np.unique(self._known(pages), return_counts=True)
+        owners = self._references[ids]
+        if owners.min(initial=1) <= 0:
+            raise PageStateError(f"page {ids[owners <= 0][0]} is free already; nothing was changed")
+        if (times > owners).any():
+            page, named, has = (part[times > owners][0] for part in (ids, times, owners))
+            raise PageStateError(f"page {page} is named {named} times and has {has} owners")
+        self._references[ids] = owners - times
+        gone: NDArray[np.intp] = ids[owners == times].astype(np.intp)
+        top = slice(self.num_free, self.num_free + gone.size)
+        self._references[gone] = self._marks[top]
+        self._stack[top] = gone
+        self._extra_references -= int(times.sum()) - gone.size
+        return gone
 
 
 def _checked(count: int) -> int:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kvruntime.arguments import check_tensor, refuse_transposed
+from kvruntime.arguments import check_tensor, refuse_transposed, row_numbers
 from kvruntime.errors import ScheduleError
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.shapes import Kind
+from kvruntime.sizes import check_positive
 from policies import TORCH_DTYPES
 
 
 class Place(NamedTuple):
-    """What the next step is for."""
+    """What the next step is for. copies: rows that each row must become before."""
 
     scale: int
     layer: int
     rows: int
+    copies: int
 
 
 def check_call(
@@ -74,6 +78,35 @@ def check_append(
             check_tensor(name, part, shape, dtype, device)
 
 
+def check_branch(place: Place, count: int) -> None:
+    """Raise ScheduleError or ValueError unless each row becomes ``count`` rows here by the plan."""
+    check_positive("count", count)
+    if place.copies == 1:
+        raise ScheduleError(
+            f"no row is repeated at scale {place.scale} by the plan: open(rows, "
+            f"{{{place.scale}: {count} * rows}})"
+        )
+    if count != place.copies:
+        raise ValueError(
+            f"scale {place.scale} is planned with {place.copies} rows for each, got {count}"
+        )
+
+
+def check_rows(
+    plan: Plan, place: Place, rows: int | Sequence[int] | NDArray[Any] | Tensor
+) -> NDArray[np.int64]:
+    """Numbers of the rows that ``keep_rows`` keeps. Raises ScheduleError or ValueError."""
+    if plan.copies(place.scale) > 1:
+        raise ScheduleError(f"rows are repeated at scale {place.scale}: keep_rows() elsewhere")
+    kept = row_numbers(rows, place.rows)
+    planned = plan.rows_by_scale[place.scale :]
+    if planned and kept.size > planned[0]:
+        raise ValueError(
+            f"{planned[0]} rows are planned from scale {place.scale} on, got {kept.size}"
+        )
+    return kept
+
+
 def _next_shape(plan: Plan, place: Place) -> tuple[int, int, int, int]:
     """[rows, n, heads, head_dim] of the next step. Raises ScheduleError where there is none."""
     if place.scale == len(plan.schedule):
@@ -83,6 +116,11 @@ def _next_shape(plan: Plan, place: Place) -> tuple[int, int, int, int]:
         raise ScheduleError(
             f"scale {place.scale} is planned with {planned} rows and there are {place.rows}: "
             "keep_rows() goes first"
+        )
+    if place.copies > 1:
+        raise ScheduleError(
+            f"scale {place.scale} is planned with {place.copies} rows for each of {place.rows}: "
+            f"branch({place.copies}) goes first"
         )
     tokens = plan.schedule.tokens[place.scale]
     return (place.rows, tokens, plan.geometry.heads, plan.geometry.head_dim)

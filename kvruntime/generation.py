@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from allocator import BlockTable
 from kvruntime.admission import Ticket
-from kvruntime.arguments import row_numbers
-from kvruntime.calls import Place, check_append, check_call
+from kvruntime.calls import Place, check_append, check_branch, check_call, check_rows
 from kvruntime.errors import ScheduleError
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.workspace import Workspaces
-from kvruntime.stats import ScaleRecord, Stats, stats_of
+from kvruntime.stats import Stats, Tally, stats_of
 from kvruntime.step.run import Runner, plainly, run_steps
 from kvruntime.storage.pool import Pool
 
@@ -53,16 +51,15 @@ class Generation:
         self._on_close = on_close
         self._rows = plan.rows
         self._scale = self._layer = 0
+        self._branched_at = 0  # where rows were repeated last
         self._is_open = True
-        self._page_steps = self._gather_steps = 0
-        self._timeline: list[ScaleRecord] = []
+        self._tally = Tally()
         self._step: object = None  # whatever stands for the step that runs
         self._guard = threading.RLock()  # whose owner looks whether one runs
         pool, heads = runner.pool, plan.geometry.heads
         self._tables = [
             BlockTable(pool.allocator, plan.rows, heads) for _ in range(plan.geometry.layers)
         ]
-        self._live_pages = self._peak_pages = 0  # between steps
         self._ticket = ticket
         if ticket is not None:
             ticket.leave_with(self)  # before the pool's own finalizer: the later one runs first
@@ -143,21 +140,20 @@ class Generation:
     @property
     def place(self) -> Place:
         """What the next step is for."""
-        return Place(self._scale, self._layer, self._rows)
+        copies = 1 if self._branched_at == self._scale else self._plan.copies(self._scale)
+        return Place(self._scale, self._layer, self._rows, copies)
 
     def _serve(self, layer: int, q: Tensor | None, k: Tensor, v: Tensor) -> Tensor | None:
         plan, table, runner = self._plan, self._tables[layer], self._runner
         assert runner is not None
         if self._ticket is not None:
             self._ticket.reach(self._scale * plan.geometry.layers + layer)
-        workspace, owned = self._workspaces.borrow(plan.scratch_bytes), table.num_owned
+        workspace = self._workspaces.borrow(plan.scratch_bytes)
+        owned = table.most_owned = table.num_owned
         out, chunks, from_pages = run_steps(runner, workspace, table, self._scale, layer, q, k, v)
-        if q is not None:
-            self._page_steps += from_pages
-            self._gather_steps += chunks - from_pages
         self._workspaces.give_back(workspace)
-        self._live_pages += table.num_owned - owned
-        self._peak_pages = max(self._peak_pages, self._live_pages)
+        self._tally.step(q is not None, chunks, from_pages)
+        self._tally.pages(owned, table.most_owned, table.num_owned)
         self._advance()
         return out
 
@@ -166,8 +162,7 @@ class Generation:
         plan = self._plan
         self._layer += 1
         if self._layer == plan.geometry.layers:
-            kept = int(plan.tokens[self._scale].sum())
-            self._timeline.append(ScaleRecord(self._scale, self._live_pages, kept))
+            self._tally.scale(self._scale, int(plan.tokens[self._scale].sum()))
             self._scale, self._layer = self._scale + 1, 0
             if self._ticket is not None and self._scale == len(plan.schedule):
                 self._ticket.finish()
@@ -188,46 +183,57 @@ class Generation:
             with runner.pool.changing():  # which knows the twin's tables, should this end half way
                 for index, table in enumerate(self._tables):
                     twin._tables[index] = table.share()
-            twin._live_pages = twin._peak_pages = self._live_pages
-            twin._scale = self._scale
-            twin._timeline = list(self._timeline)
+            twin._tally = self._tally.forked()
+            twin._scale, twin._rows = self._scale, self._rows
+            twin._branched_at = self._branched_at
         except BaseException:
             twin._end()
             raise
         return twin
+
+    def branch(self, count: int) -> None:
+        """Go on with ``count`` rows for each one, next to each other as ``repeat_interleave`` has
+        them, which share its pages until one writes. Only between scales, where it is planned:
+        ``open(rows, {scale: count * rows})``. Raises ScheduleError, ValueError for another count.
+        """
+        self._check_boundary("branch")
+        check_branch(self.place, count)
+        assert self._runner is not None
+        try:
+            with self._runner.pool.changing():
+                for table in self._tables:
+                    table.repeat_rows(count)
+            self._rows, self._branched_at = count * self._rows, self._scale
+        except BaseException:
+            self._end()
+            raise
 
     def keep_rows(self, rows: int | Sequence[int] | NDArray[Any] | Tensor) -> None:
         """Go on with these rows alone, renumbered in the order given; the others' pages go back. An
         int keeps the first ones. Only between scales, for samplers that drop the guidance rows.
 
         Raises ValueError for anything but distinct row numbers, masks among it, and for more rows
-        than are planned from here on.
+        than are planned from here on; ScheduleError at the scale where rows are repeated.
         """
         self._check_boundary("keep_rows")
-        kept = row_numbers(rows, self._rows)
+        kept = check_rows(self._plan, self.place, rows)
         assert self._runner is not None
         runner, pool = self._runner, self._runner.pool
-        planned = self._plan.rows_by_scale[self._scale :]
-        if planned and kept.size > planned[0]:
-            raise ValueError(
-                f"{planned[0]} rows are planned from scale {self._scale} on, got {kept.size}"
-            )
         plan = self._plan.thinned(kept.size, self._scale)
+        if self._branched_at and (kept != np.arange(kept.size)).any():
+            plan = self._plan  # others may share fewer pages than the first ones
         try:
-            self._thin(kept, pool, plan)
-            self._live_pages = sum(table.num_owned for table in self._tables)
+            with pool.changing():
+                for table in self._tables:
+                    table.keep_rows(kept)
+                if self._ticket is None:  # which goes by the plan of the beginning
+                    pool.reserve(self, plan.peak_pages_from(self._scale))
+            self._tally.live_pages = sum(table.num_owned for table in self._tables)
             self._runner, self._plan = replace(runner, plan=plan), plan
             self._rows = kept.size
         except BaseException:
             self._end()
             raise
-
-    def _thin(self, kept: NDArray[np.int64], pool: Pool, plan: Plan) -> None:
-        with pool.changing():
-            for table in self._tables:
-                table.keep_rows(kept)
-            if self._ticket is None:  # which goes by the plan of the beginning
-                pool.reserve(self, plan.peak_pages_from(self._scale))
 
     def _check_idle(self) -> None:
         if not self._is_open:
@@ -276,23 +282,10 @@ class Generation:
     def __enter__(self) -> Generation:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end()
 
     @property
     def stats(self) -> Stats:
-        return stats_of(
-            self._plan,
-            self._facts,
-            rows=self._rows,
-            page_steps=self._page_steps,
-            gather_steps=self._gather_steps,
-            peak_pages=self._peak_pages,
-            live_pages=sum(table.num_owned for table in self._tables),
-            timeline=tuple(self._timeline),
-        )
+        live_pages = sum(table.num_owned for table in self._tables)
+        return stats_of(self._plan, self._facts, self._rows, live_pages, self._tally)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 LARGEST = 2**30  # rows, or tokens in a page: beyond it is a slip of the hand
 _UNITS = {
@@ -46,8 +46,8 @@ def check_positive(name: str, value: object) -> None:
 def rows_by_scale(
     scales: int, rows: int, rows_from: Mapping[int, int] | None = None
 ) -> tuple[int, ...]:
-    """Rows of each scale. rows_from: {scale: rows from there on}; scales that never come may be
-    named. Raises ValueError for rows that grow and for what are no positive numbers.
+    """Rows of each scale. rows_from: {scale: rows from there on}, fewer than before or a multiple;
+    scales that never come may be named. Raises ValueError for other rows.
     """
     check_positive("rows", rows)
     planned = [rows] * scales
@@ -58,12 +58,25 @@ def rows_by_scale(
         if isinstance(scale, bool) or scale < 0:
             raise ValueError(f"rows_from is {{scale: rows from there on}}, got scale {scale!r}")
         check_positive(f"rows from scale {scale} on", left)
-        if scale < scales and left > planned[scale]:
+        if scale < scales and left > planned[scale] and (left % planned[scale] or not scale):
             raise ValueError(
-                f"rows may only go: {planned[scale]} before scale {scale}, {left} from there on"
+                "rows may go, or each may be repeated as often as the others, not at scale 0: "
+                f"{planned[scale]} before scale {scale}, {left} from there on"
             )
         planned[scale:] = [left] * (scales - scale) if scale < scales else []
     return tuple(planned)
+
+
+def fewer_rows(planned: Sequence[int], rows: int, scale: int) -> tuple[int, ...]:
+    """Rows of each scale if only so many are left from that one on; where rows are repeated, those
+    that are left are.
+    """
+    left = list(planned[:scale])
+    for at in range(scale, len(planned)):
+        before = planned[at - 1] if at > scale else planned[at]
+        copies = max(1, planned[at] // before)
+        left.append(min(planned[at], copies * (left[-1] if at > scale else rows)))
+    return tuple(left)
 
 
 def largest(fits: Callable[[int], bool], least: int, beyond: int) -> int:

@@ -21,9 +21,9 @@ class ScaleRecord:
 class Stats:
     """Figures of one generation. Bytes are of the whole generation.
 
-    live_pages: its own now, shared ones included. token_bytes <= page_bytes: what the policy keeps
-        after a scale, and the pages that hold it at the peak, planes (plane_bytes: log
-        weights and others) included.
+    live_pages: its own now, those included that a fork shares. token_bytes <= page_bytes: what the
+        policy keeps after a scale, and the pages that hold it at the peak, planes (plane_bytes:
+        log weights and others) included; where rows share pages the former counts each row's.
     planned_pages == peak_pages at the end; where rows went that were not planned to, the former
         counts them until they did. rows: those that are left.
     baseline_bytes: the model's own cache, all scales, without the copy that torch.cat makes;
@@ -57,15 +57,48 @@ class Stats:
     timeline: tuple[ScaleRecord, ...]
 
 
-def stats_of(plan: Plan, facts: dict[str, Any], **counts: Any) -> Stats:
-    """Of a generation with this plan. facts: what all of its cache's have in common; counts: what
-    it has done.
-    """
+@dataclass(slots=True)
+class Tally:
+    """What a generation counts while it draws. live_pages: between steps."""
+
+    page_steps: int = 0
+    gather_steps: int = 0
+    live_pages: int = 0
+    peak_pages: int = 0
+    timeline: tuple[ScaleRecord, ...] = ()
+
+    def step(self, attended: bool, chunks: int, from_pages: int) -> None:
+        """A layer was served in so many chunks, of which some read the pages themselves."""
+        if attended:
+            self.page_steps += from_pages
+            self.gather_steps += chunks - from_pages
+
+    def pages(self, before: int, most: int, after: int) -> None:
+        """What a layer's table held before its step, at most in it, and after it."""
+        self.peak_pages = max(self.peak_pages, self.live_pages + most - before)
+        self.live_pages += after - before
+
+    def scale(self, scale: int, kept_tokens: int) -> None:
+        """All layers of a scale are served."""
+        self.timeline += (ScaleRecord(scale, self.live_pages, kept_tokens),)
+
+    def forked(self) -> Tally:
+        """For a fork, which has served nothing yet."""
+        return Tally(0, 0, self.live_pages, self.live_pages, self.timeline)
+
+
+def stats_of(plan: Plan, facts: dict[str, Any], rows: int, live_pages: int, tally: Tally) -> Stats:
+    """Of a generation with this plan. facts: what all of its cache's have in common."""
     baseline = plan.baseline_bytes()
     return Stats(
         **facts,
         **plan.page_format,
-        **counts,
+        rows=rows,
+        live_pages=live_pages,
+        page_steps=tally.page_steps,
+        gather_steps=tally.gather_steps,
+        peak_pages=tally.peak_pages,
+        timeline=tally.timeline,
         page_size=plan.page_size,
         budget_tokens=plan.budget_tokens,
         planned_pages=plan.peak_pages,

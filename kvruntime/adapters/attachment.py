@@ -18,6 +18,7 @@ from kvruntime.adapters.serving import SamplerCall, Serving
 from kvruntime.admission import Ticket
 from kvruntime.errors import ScheduleError
 from kvruntime.planning import Plan
+from kvruntime.sizes import check_positive
 from kvruntime.stats import Stats, nothing_drawn
 from policies import ScaleSchedule
 
@@ -94,8 +95,9 @@ class Attachment:
         call: arguments of the sampler that decide about its schedule and rows.
         """
         rows, arguments = pictures * rows_per_picture, self._view.some_arguments(call)
-        cache = self._caches.expected(self._serving.schedule(arguments))
-        return cache.plan(rows, self._view.rows_from(arguments, rows))
+        schedule = self._serving.schedule(arguments)
+        rows_from = self._serving.rows_from(arguments, schedule, rows)
+        return self._caches.expected(schedule).plan(rows, rows_from)
 
     def use(self, ticket: Ticket) -> None:
         """The next generation draws on this ticket of the admission that was given to ``attach``:
@@ -103,6 +105,15 @@ class Attachment:
         call ends without having used it, it is given up.
         """
         self._serving.ticket = ticket
+
+    def branch(self, at_scale: int, count: int) -> None:
+        """The next generation goes on from that scale with ``count`` rows for each, next to each
+        other as ``repeat_interleave`` has them: variations that share what was drawn before. For
+        a sampler that repeats its rows so, and whose arguments do not tell ``Embedding.rows``.
+        """
+        check_positive("at_scale", at_scale)
+        check_positive("count", count)
+        self._serving.branch = at_scale, count
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One layer's attention, [rows, n, heads, head_dim]; the first call of a generation opens
@@ -196,7 +207,7 @@ class Attachment:
             raise
         finally:
             self._serving.close(call)
-            self._serving.give_up_ticket()
+            self._serving.forget_next()
             if not is_complete:
                 self._switch_off(call)
             self._outside.is_on = set(call.is_on)  # as its modules are now

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from kvruntime.adapters.embedding import Embedding
+from kvruntime.adapters.embedding import Call, Embedding
 from kvruntime.reference.tokenizer import PATCH_SIDES
 from kvruntime.reference.transformer import EmojiVAR
+
+
+def _rows(model: Any, call: Call, rows: int) -> Mapping[int, int]:
+    """Rows from the scale on at which each picture becomes several."""
+    branch = call.get("branch")
+    return {branch[0]: rows * branch[1]} if branch else {}
+
 
 EMOJI = Embedding(
     name="kvruntime's bundled model",
@@ -15,6 +23,7 @@ EMOJI = Embedding(
     schedule=lambda model, call: PATCH_SIDES,
     softmax_scale=lambda attention: 1.0,
     toggle="use_cache",
+    rows=_rows,
 )
 
 

@@ -41,6 +41,7 @@ class Serving:
         self.last: Generation | None = None
         self.drawn: ScaleSchedule | None = None  # its schedule
         self.ticket: Ticket | None = None  # of the next one
+        self.branch: tuple[int, int] | None = None  # scale and count, of the next one
 
     def schedule(self, call: Mapping[str, Any]) -> ScaleSchedule:
         """Raises EmbeddingError where the call does not tell."""
@@ -53,6 +54,22 @@ class Serving:
             )
         return schedule
 
+    def rows_from(self, call: Call, schedule: ScaleSchedule, rows: int) -> Mapping[int, int]:
+        """{scale: rows from there on} of a call that begins with so many. Raises EmbeddingError."""
+        rows_from = self._view.rows_from(call, rows)
+        try:
+            planned = rows_by_scale(len(schedule), rows, rows_from)
+        except ValueError as error:
+            what = f"rows(model, call, {rows}) gives {rows_from}: {error}"
+            raise self._view.error(what) from None
+        if self.branch is None:
+            return rows_from
+        at, count = self.branch
+        if not 0 < at < len(schedule):
+            raise ValueError(f"branch() at scale {at}: it goes at one of 1..{len(schedule) - 1}")
+        later = {scale: count * left for scale, left in rows_from.items() if scale > at}
+        return {**rows_from, **later, at: count * planned[at]}
+
     def attend(self, call: SamplerCall, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[rows, n, heads, head_dim]; the first layer opens the generation, the last of the last
         scale closes it.
@@ -62,7 +79,9 @@ class Serving:
         assert call.generation is not None
         generation = call.generation
         self._check_place(generation, layer, q)
-        if q.shape[0] < generation.rows:
+        if generation.place.copies > 1:
+            generation.branch(generation.place.copies)
+        elif q.shape[0] < generation.rows:
             generation.keep_rows(q.shape[0])
         dtype = self._caches.dtype(v)
         out = generation.attend(layer, q.to(dtype), k.to(dtype), v.to(dtype))
@@ -74,21 +93,16 @@ class Serving:
         schedule = call.schedule or self.schedule(call.arguments)
         cache = self._caches.of(schedule, k, v)
         rows = k.shape[0]
-        rows_from = self._view.rows_from(call.arguments, rows)
-        try:
-            rows_by_scale(len(schedule), rows, rows_from)
-        except ValueError as error:
-            what = f"rows(model, call, {rows}) gives {rows_from}: {error}"
-            raise self._view.error(what) from None
+        rows_from = self.rows_from(call.arguments, schedule, rows)
         self.last, self.drawn = None, schedule
-        ticket, self.ticket = self.ticket, None
+        ticket, self.ticket, self.branch = self.ticket, None, None
         self.last = call.generation = cache.open(rows, rows_from, ticket)
         self._open_now = [one for one in self._open_now if one.is_open]
         self._open_now.append(call.generation)
 
     def _check_place(self, generation: Generation, layer: int, q: Tensor) -> None:
         """Raise EmbeddingError, which says what to change, for a step that is not the next one."""
-        scale, due, rows = generation.place
+        scale, due, rows, _ = generation.place
         schedule, view = generation.plan.schedule, self._view
         if scale == len(schedule):
             raise view.error(
@@ -131,11 +145,11 @@ class Serving:
         for generation in self._open_now:
             generation.close()
         self._open_now.clear()
-        self.give_up_ticket()
+        self.forget_next()
         self._caches.let_go()
 
-    def give_up_ticket(self) -> None:
-        """The call that it was for has ended without it, or there will be none."""
-        ticket, self.ticket = self.ticket, None
+    def forget_next(self) -> None:
+        """The call that a ticket or branch was for has ended without, or there will be none."""
+        ticket, self.ticket, self.branch = self.ticket, None, None
         if ticket is not None:
             ticket.cancel()

@@ -45,15 +45,12 @@ class Demand:
 def demand_of(plan: Plan) -> Demand:
     """The legs of a planned generation: runs of steps in the same 32nd of the peak. O(steps)."""
     layers = plan.geometry.layers
-    rows = np.repeat(plan.rows_by_scale, layers)
-    a_row = plan.row_pages.ravel()
-    before = np.concatenate([[0], a_row[:-1]])
-    held = rows * np.maximum(before, a_row)  # in a step; rows that go have gone before it
+    held = plan.occupancy.within.ravel()  # rows that go have gone before
     level = -(-held * _LEVELS // max(1, int(held.max())))
     first = np.flatnonzero(np.diff(level, prepend=-1))
     last = np.append(first[1:], held.size) - 1
-    work = rows * np.repeat(plan.schedule.tokens, layers)
-    after = (rows * a_row)[last]
+    work = np.repeat(plan.rows_by_scale, layers) * np.repeat(plan.schedule.tokens, layers)
+    after = plan.occupancy.after.ravel()[last]
     after[-1] = 0
     return Demand(
         tuple(first.tolist()),

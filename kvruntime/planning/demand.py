@@ -11,58 +11,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvruntime.planning.baseline import baseline_bytes
-from kvruntime.planning.positions import Positions
-from kvruntime.planning.regions import StepRegions, declare, output_bytes
-from kvruntime.planning.shapes import Kind, StepShape
-from kvruntime.sizes import largest, rows_by_scale
+from kvruntime.planning.occupancy import Occupancy, occupancy, repeated_occupancy
+from kvruntime.planning.regions import StepRegions, output_bytes
+from kvruntime.planning.shapes import StepShape
+from kvruntime.planning.steps import Steps
+from kvruntime.sizes import fewer_rows, largest, rows_by_scale
 from kvruntime.storage.layout import PLANE_BYTES, PageFormat, PageLayout, Records, stored_bytes
-from policies import CacheGeometry, Lengths, Policy, ScaleSchedule
+from policies import CacheGeometry
 
 WORKSPACE_LIMIT = 2**30  # bytes; one row may exceed it, more rows may not
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan(Steps):
     """Exact demand of one generation.
 
-    rows_by_scale: rows of each scale, never more than of the scale before: samplers may drop the
-        guidance rows half way.
-    tokens: tokens of each lane after (scale, layer), int64 [scales, layers, heads].
-    formats: what pages hold, exact at first, then coarser; pages are equally large. stage: which
-        of them a layer has after a scale, int64 [scales, layers]; it never falls.
+    rows_by_scale: rows of each scale: samplers may drop the guidance rows half way, or repeat rows
+        (``Generation.branch``), which share pages then.
     bytes_per_page, plane_bytes_per_page: of a page's K and V, and of its planes.
-    planes: numbers that a stored token has beside K and V (policies.base.PLANES).
-    positions: what the host knows of every step.
-    attended: candidates that a lane's queries attend to at each scale, int64 [scales]; None: all.
     own: what the model's own cache would hold, where its number formats are others.
-    declared, shapes, row_shapes: what was worked out already, shared by plans of other rows.
-    Always: peak_pages == max over scales of rows_by_scale * max over layers of row_pages;
+    row_shapes: what was worked out already, shared by plans of other rows.
+    Always: peak_pages == max of occupancy.within; unless rows are repeated, that is
+        max over scales of rows_by_scale * max over layers of row_pages;
         page_bytes == peak_pages * (bytes_per_page + plane_bytes_per_page).
     """
 
-    geometry: CacheGeometry
-    schedule: ScaleSchedule
-    policy: Policy
     budget_tokens: int
     rows_by_scale: tuple[int, ...]
     workspace_limit: int
-    tokens: Lengths
-    stage: NDArray[np.int64]
-    formats: tuple[PageFormat, ...]
     bytes_per_page: int  # K and V
     plane_bytes_per_page: int
-    planes: tuple[str, ...]
-    positions: Positions
-    attended: Lengths | None = None
     own: CacheGeometry | None = None
-    declared: dict[StepShape, StepRegions] = field(default_factory=dict, repr=False)
-    shapes: dict[tuple[int, int, int], StepShape] = field(default_factory=dict, repr=False)
     row_shapes: set[tuple[int, StepShape]] = field(default_factory=set, repr=False)
 
     @property
     def rows(self) -> int:
-        """Rows of the first scale: the most there are."""
+        """Rows of the first scale."""
         return self.rows_by_scale[0]
+
+    def copies(self, scale: int) -> int:
+        """How many rows each row becomes when that scale begins, 1 if none is repeated."""
+        rows = self.rows_by_scale
+        return max(1, rows[scale] // rows[scale - 1]) if 0 < scale < len(rows) else 1
+
+    @property
+    def branches(self) -> bool:
+        """Whether rows are ever repeated."""
+        return any(self.copies(scale) > 1 for scale in range(len(self.schedule)))
 
     @property
     def records(self) -> Records | None:
@@ -79,19 +74,30 @@ class Plan:
         return self.formats[0].page_size
 
     @cached_property
-    def quantised(self) -> NDArray[np.bool_]:
-        """Whether a layer's tokens are records after a scale, bool [scales, layers]."""
-        return self.stage > 0
-
-    @cached_property
-    def page_tokens(self) -> NDArray[np.int64]:
-        """Tokens in a page of a layer after each scale, int64 [scales, layers]."""
-        return np.array([each.page_size for each in self.formats])[self.stage]
+    def layer_pages(self) -> NDArray[np.int64]:
+        """Pages one row holds of a layer after each scale, int64 [scales, layers]."""
+        pages: NDArray[np.int64] = (-(-self.tokens // self.page_tokens[:, :, None])).sum(axis=2)
+        return pages
 
     @cached_property
     def row_pages(self) -> NDArray[np.int64]:
         """Pages one row holds after each (scale, layer) event, int64 [scales, layers]."""
-        return running_total((-(-self.tokens // self.page_tokens[:, :, None])).sum(axis=2))
+        return running_total(self.layer_pages)
+
+    @cached_property
+    def occupancy(self) -> Occupancy:
+        """Pages that all rows hold at each step."""
+        rows, pages = self.rows_by_scale, self.layer_pages
+        if not self.branches:
+            return occupancy(rows, pages)
+        alike = [self._changes(layer) for layer in range(self.geometry.layers)]
+        heads = self.geometry.heads
+        return repeated_occupancy(rows, pages, self.chunk_rows, self.propose, heads, alike)
+
+    def _changes(self, layer: int) -> int:
+        """A number that layers have in common whose tables go through the same changes."""
+        known = [id(self.positions.step(scale, layer)) for scale in range(len(self.schedule))]
+        return hash((*known, self.tokens[:, layer].tobytes(), self.stage[:, layer].tobytes()))
 
     @property
     def start_scale(self) -> int:
@@ -111,15 +117,14 @@ class Plan:
 
     @property
     def peak_pages(self) -> int:
-        return self._most(self.row_pages.max(axis=1))
+        return int(self.occupancy.within.max())
 
     def peak_pages_from(self, scale: int) -> int:
         """The most pages from the moment before that scale's first step on."""
-        before = int(self.row_pages[scale - 1, -1]) if scale else 0
-        pages = [before, *map(int, self.row_pages[scale:].max(axis=1))]
-        by_scale = (*self.rows_by_scale, self.rows_by_scale[-1])  # after the last scale too
-        rows = [by_scale[scale], *self.rows_by_scale[scale:]]
-        return max(n * held for n, held in zip(rows, pages, strict=True))
+        start, within = self.occupancy.at_start[scale:], self.occupancy.within[scale:]
+        if not start.size:
+            return int(self.occupancy.after[-1, -1])
+        return max(int(start[0]), int(within.max()))
 
     def _most(self, of_a_row: NDArray[np.int64]) -> int:  # of what each row has at each scale
         return max(rows * int(n) for rows, n in zip(self.rows_by_scale, of_a_row, strict=True))
@@ -153,10 +158,10 @@ class Plan:
     @cached_property
     def chunk_rows(self) -> int:
         """Rows processed at a time: as many as the workspace limit allows, at least one."""
-        if self._step_bytes(self.rows) <= self.workspace_limit:  # one chunk needs no output beside
-            return self.rows
-        limit = self.workspace_limit
-        return largest(lambda rows: self._step_bytes(rows) <= limit, 1, self.rows)
+        limit, most = self.workspace_limit, max(self.rows_by_scale)
+        if self._step_bytes(most) <= limit:  # one chunk needs no output beside
+            return most
+        return largest(lambda rows: self._step_bytes(rows) <= limit, 1, most)
 
     @cached_property
     def workspace_bytes(self) -> int:
@@ -184,12 +189,6 @@ class Plan:
         of_rows = [(of, replace(shape, rows=min(rows, of))) for of, shape in steps]
         return [(of, shape, self.regions(shape)) for of, shape in of_rows]
 
-    def regions(self, shape: StepShape) -> StepRegions:
-        """What a step of this shape works in."""
-        if shape not in self.declared:
-            self.declared[shape] = declare(shape, self.policy)
-        return self.declared[shape]
-
     @property
     def total_bytes(self) -> int:
         return self.page_bytes + self.workspace_bytes
@@ -205,9 +204,10 @@ class Plan:
         return replace(self, rows_by_scale=rows_by_scale(len(self.schedule), rows, rows_from))
 
     def thinned(self, rows: int, scale: int) -> Plan:
-        """The same generation with at most so many rows from that scale on."""
-        before, after = self.rows_by_scale[:scale], self.rows_by_scale[scale:]
-        return replace(self, rows_by_scale=(*before, *(min(rows, n) for n in after)))
+        """The same generation with at most so many rows from that scale on, until they are
+        repeated.
+        """
+        return replace(self, rows_by_scale=fewer_rows(self.rows_by_scale, rows, scale))
 
     def layout(self, pages: PageFormat, page_bytes: int | None = None) -> PageLayout:
         """How pages of one of the formats are read."""
@@ -226,69 +226,6 @@ class Plan:
         tables = -(-self.tokens.max(axis=2) // self.page_tokens)
         is_it = self.stage == self.formats.index(pages)
         return max(1, int(np.where(is_it, tables, 0).max()))
-
-    def lengths_before(self, scale: int, layer: int) -> NDArray[np.int64]:
-        """Tokens of each head before this step, [heads]."""
-        after = self.tokens[scale, layer]
-        return self.tokens[scale - 1, layer] if scale else np.zeros_like(after)
-
-    def format_after(self, scale: int, layer: int) -> PageFormat:
-        """What the layer's pages hold after this scale; before the first one, exact tokens."""
-        return self.formats[int(self.stage[scale, layer]) if scale >= 0 else 0]
-
-    def shape(self, scale: int, layer: int, rows: int) -> StepShape:
-        """The sizes of this layer's step for so many rows."""
-        if (scale, layer, rows) not in self.shapes:
-            self.shapes[scale, layer, rows] = self._shape(scale, layer, rows)
-        return self.shapes[scale, layer, rows]
-
-    def _shape(self, scale: int, layer: int, rows: int) -> StepShape:
-        before, after = self.lengths_before(scale, layer), self.tokens[scale, layer]
-        was, becomes = (self.format_after(at, layer) for at in (scale - 1, scale))
-        known = self.positions.step(scale, layer)
-        shift = known.shift
-        if not after.any():
-            kind = Kind.NOTHING
-        elif shift is not None:
-            kind = Kind.SHIFT
-        elif known.keep is not None:
-            kind = Kind.KEEP
-        else:
-            kind = Kind.FOLD if self.policy.needs.folds else Kind.CHOOSE
-        folds = kind is Kind.FOLD
-        cached, kept = int(before.max()), int(after.max())
-        return StepShape(
-            kind=kind,
-            rows=rows,
-            heads=self.geometry.heads,
-            head_dim=self.geometry.head_dim,
-            dtype=self.geometry.key_dtype,
-            cached=cached,
-            fresh=self.schedule.tokens[scale],
-            table=-(-cached // was.page_size),
-            page_size=was.page_size,
-            reads=was.records,
-            kept=kept,
-            new_table=-(-kept // becomes.page_size),
-            new_page_size=becomes.page_size,
-            writes=becomes.records,
-            written=int(after.sum()) if shift is None else self.geometry.heads * shift.sources.size,
-            sources=0 if shift is None else shift.sources.size,
-            moved=0 if shift is None else shift.moved,
-            fresh_is_slice=shift is None or shift.fresh_is_slice,
-            is_ragged=bool((before != cached).any()),
-            is_even=bool((after == kept).all()),
-            planes=self.planes,
-            attended=self._attended(scale, before),
-            fitted=min(self.policy.needs.refit, self.schedule.tokens[scale]) if folds else 0,
-        )
-
-    def _attended(self, scale: int, before: NDArray[np.int64]) -> int:
-        """Candidates that a lane's queries attend to at this scale; 0: all there are."""
-        if self.attended is None:
-            return 0
-        most = int(self.attended[scale])
-        return most if most < int(before.max()) + self.schedule.tokens[scale] else 0
 
 
 def running_total(after: NDArray[np.int64]) -> NDArray[np.int64]:

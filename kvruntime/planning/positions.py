@@ -61,6 +61,14 @@ class KnownStep:
             self.on_device[place] = lasting(np.array(make()), device)
         return self.on_device[place]
 
+    def written_pages(self, page_size: int) -> NDArray[np.bool_] | None:
+        """Pages of a lane that a shift writes into, bool [1, pages]; None for all of them."""
+        if self.shift is None or self.keep is None:
+            return None
+        written = np.zeros((1, -(-self.keep.shape[1] // page_size)), dtype=bool)
+        written[0, self.shift.targets // page_size] = True
+        return written
+
 
 class Positions:
     """The known steps of a generation, each worked out once, in whatever order they are asked for.

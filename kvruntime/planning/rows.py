@@ -36,7 +36,8 @@ def require(
     """Raise WillNeverFit, with what to change, unless this plan fits. plan_for: see max_rows."""
     room = memory - reserved
     if plan.total_bytes > room:
-        fits = _most(plan_for or plan.for_rows, room, plan.rows - 1, plan_for is None)
+        fewer = plan_for or (lambda rows: plan.thinned(rows, 0))
+        fits = _most(fewer, room, plan.rows - 1, plan_for is None)
         advice = (
             f"{fits} of {plan.rows} rows would fit"
             if fits

@@ -42,6 +42,12 @@ class SelfAttention(nn.Module):
         """Start an empty cache, or drop it."""
         self.caching, self.cached_k, self.cached_v = enable, None, None
 
+    def repeat_cache(self, count: int) -> None:
+        """Each row of the cache becomes ``count`` rows next to each other."""
+        if self.cached_k is not None and self.cached_v is not None:
+            self.cached_k = self.cached_k.repeat_interleave(count, 0)
+            self.cached_v = self.cached_v.repeat_interleave(count, 0)
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [rows, tokens, heads, head_dim]; the softmax scale is then
         1.
@@ -145,13 +151,25 @@ class EmojiVAR(nn.Module):
         return self._run(x, embedded, condition)
 
     @torch.no_grad()
-    def draw(self, labels: Tensor, choose: Callable[[int, Tensor], Tensor], cfg: float) -> Tensor:
+    def draw(
+        self,
+        labels: Tensor,
+        choose: Callable[[int, Tensor], Tensor],
+        cfg: float,
+        branch: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Go through the scales with the cache on; ``choose(scale, logits) -> codes`` decides.
 
         labels: [pictures]. Rows are 2 x pictures, the second half without class (guidance ``cfg``
         grows with the scale; 0: only those with class). choose gets float32 logits [pictures,
-        tokens, 512]. Returns pictures [pictures, 3, 64, 64].
+        tokens, 512]. branch: (scale, count): when that scale begins each picture becomes ``count``
+        pictures next to each other. Returns pictures [pictures, 3, 64, 64].
         """
+        branch_at, copies = branch or (0, 1)
+        if branch and not (0 < branch_at < len(PATCH_SIDES) and copies > 0):
+            raise ValueError(
+                f"branch is (a scale of 1..{len(PATCH_SIDES) - 1}, a positive count), got {branch}"
+            )
         pictures = labels.shape[0]
         rows = labels
         if cfg:
@@ -164,6 +182,13 @@ class EmojiVAR(nn.Module):
             attention.use_cache(True)
         try:
             for scale in range(len(PATCH_SIDES)):
+                if branch and scale == branch_at:
+                    x, embedded, condition, latent = (
+                        part.repeat_interleave(copies, 0)
+                        for part in (x, embedded, condition, latent)
+                    )
+                    for attention in attentions:
+                        attention.repeat_cache(copies)
                 logits = self._run(x, embedded, condition).float()
                 guidance = cfg * scale / (len(PATCH_SIDES) - 1)
                 if cfg:
@@ -190,16 +215,21 @@ class EmojiVAR(nn.Module):
         cfg: float = 2.0,
         temperature: float = 0.9,
         top_k: int = 100,
+        branch: tuple[int, int] | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Codes of every scale and pictures.
 
         Picture i depends on labels[i] and seed + i alone: its noise has a generator of its own, and
         codes are drawn by the Gumbel-max rule, so two caches can be compared picture by picture.
+        branch: (scale, count), as ``draw`` takes it: of the variations of a picture the first one
+        is that picture, the others get noise of their own.
         """
         drawn: list[Tensor] = []
         noises = [torch.Generator().manual_seed(seed + i) for i in range(labels.shape[0])]
 
         def sample(scale: int, logits: Tensor) -> Tensor:
+            if branch and scale == branch[0]:
+                noises[:] = _with_copies(noises, branch[1])
             uniform = torch.stack([torch.rand(logits.shape[1:], generator=g) for g in noises])
             gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
             floor = logits.topk(top_k, dim=-1).values[..., -1:]
@@ -207,7 +237,7 @@ class EmojiVAR(nn.Module):
             drawn.append((scores + gumbel.to(scores.device)).argmax(-1))
             return drawn[-1]
 
-        return drawn, self.draw(labels, sample, cfg)
+        return drawn, self.draw(labels, sample, cfg, branch)
 
     def teacher_forced(self, labels: Tensor, codes: list[Tensor], cfg: float = 0.0) -> list[Tensor]:
         """Log-probabilities per scale [pictures, tokens, 512] while the given codes are fed, cache
@@ -221,3 +251,13 @@ class EmojiVAR(nn.Module):
 
         self.draw(labels, follow, cfg)
         return logs
+
+
+def _with_copies(noises: list[torch.Generator], count: int) -> list[torch.Generator]:
+    """Each generator, and behind it count - 1 new ones that start from its seed and a number."""
+    spread = 2**32  # seeds of other pictures lie closer
+    return [
+        torch.Generator().manual_seed(noise.initial_seed() + number * spread) if number else noise
+        for noise in noises
+        for number in range(count)
+    ]

@@ -11,7 +11,7 @@ from allocator import BlockTable, Change
 from allocator.page_allocator import PageIds
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.positions import KnownStep
-from kvruntime.planning.shapes import Kind, StepShape
+from kvruntime.planning.shapes import StepShape
 from kvruntime.planning.workspace import StepViews, Workspace
 from kvruntime.storage.coding import Transform
 from kvruntime.storage.pool import Pool
@@ -62,13 +62,7 @@ def prepare(
     known = plan.positions.step(scale, layer)
     before, after = plan.lengths_before(scale, layer), plan.tokens[scale, layer]
     with pool.changing():  # of pages that are shared others change how many own them
-        change = table.propose(
-            rows,
-            after,
-            shape.new_page_size,
-            _written_pages(shape, known),
-            afresh=shape.reads != shape.writes and shape.cached > 0,
-        )
+        change = plan.propose(table, scale, layer, rows)
     pool.follow()
     return Prepared(
         scale=scale,
@@ -84,13 +78,3 @@ def prepare(
         change=change,
         transforms=transforms,
     )
-
-
-def _written_pages(shape: StepShape, known: KnownStep) -> NDArray[np.bool_] | None:
-    """Pages of a lane that a shift writes into, bool [heads, pages]; None for all of them."""
-    if shape.kind is not Kind.SHIFT:
-        return None
-    assert known.shift is not None
-    written = np.zeros(shape.new_table, dtype=bool)
-    written[known.shift.targets // shape.new_page_size] = True
-    return np.broadcast_to(written, (shape.heads, shape.new_table))

@@ -123,13 +123,24 @@ def test_rebuild_believes_the_owners():
 def test_more_ids_than_pages():
     allocator = PageAllocator(2)
     allocator.allocate(2)
-    for method in (allocator.release, allocator.retain):
-        with pytest.raises(PageStateError, match="3 ids for 2 pages: one is named twice"):
-            method([0, 1, 1])
-        with pytest.raises(PageStateError, match="page 1 is named twice"):
-            method([1, 1])
+    with pytest.raises(PageStateError, match="3 ids for 2 pages: one is named twice"):
+        allocator.release([0, 1, 1])
+    with pytest.raises(PageStateError, match="page 1 is named twice and has one owner"):
+        allocator.release([1, 1])
     allocator.check()
     assert allocator.references([0, 1]).tolist() == [1, 1]
+
+
+def test_a_page_is_named_as_often_as_it_has_owners():
+    allocator = PageAllocator(3)
+    allocator.allocate(2)
+    allocator.retain([1, 0, 1, 1])
+    assert allocator.references(range(3)).tolist() == [2, 4, 0]
+    with pytest.raises(PageStateError, match="page 0 is named 3 times and has 2 owners"):
+        allocator.release([1, 0, 0, 0])
+    assert sorted(allocator.exchange([1, 1, 1, 1, 0], 2).tolist()) == [1, 2]
+    assert allocator.references(range(3)).tolist() == [1, 1, 1] and not allocator.is_sharing
+    allocator.check()
 
 
 def test_an_allocated_array_is_the_callers_own():

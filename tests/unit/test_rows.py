@@ -43,8 +43,9 @@ def draw(generation, schedule, scales):
 def test_rows_of_each_scale():
     assert rows_by_scale(4, 6) == (6, 6, 6, 6)
     assert rows_by_scale(4, 6, {3: 1, 1: 2, 9: 1}) == (6, 2, 2, 1)
+    assert rows_by_scale(4, 2, {1: 6, 2: 3, 3: 9}) == (2, 6, 3, 9)
     for given_rows, says in (
-        ({1: 7}, "rows may only go: 6 before scale 1, 7 from there on"),
+        ({1: 7}, "repeated as often as the others, not at scale 0: 6 before scale 1, 7 from"),
         ({1: 2, 2: 3}, "2 before scale 2, 3 from there on"),
         ({-1: 2}, "got scale -1"),
         ({True: 2}, "got scale True"),

@@ -16,10 +16,10 @@ READ = (*PACKAGES, "tests", "benchmarks")
 FLOORS = [  # of kvruntime, from the ground up: a module imports only from floors below its own
     "errors sizes arguments extras frames catalogue storage step reference.tokenizer "
     "reference.emoji",
-    "storage.layout storage.memory storage.transfer planning.positions planning.baseline",
+    "storage.layout storage.memory storage.transfer planning.positions planning.baseline planning.occupancy",
     "storage.records storage.pages storage.coding planning.shapes models.stand_ins quality",
     "coding storage.pool planning.regions models.checkout",
-    "options reference.transformer",
+    "options reference.transformer planning.steps",
     "planning.workspace planning.demand planning.roles planning.formats attention.base reference "
     "preset attention.operators models.var",
     "planning.fit planning.rows stats attention.sdpa models.infinity models.emoji reference.train",
