@@ -65,26 +65,39 @@ def pool_of(num_pages):
 
 
 class Twin:
-    """A generation on a shared pool, and the same one alone on a pool of its own."""
+    """A generation on a shared pool, and the same one alone on a pool of its own. copies: {scale:
+    how many rows each row becomes there}.
+    """
 
-    def __init__(self, case, cache, generation, script=()):
-        self.case, self.cache, self.generation = case, cache, generation
-        self.reserved = generation.plan.peak_pages
+    def __init__(self, case, cache, copies=None, script=(), generation=None):
+        self.case, self.cache, self.copies = case, cache, copies or {}
+        rows_from, rows = {}, case.rows
+        for scale, count in sorted(self.copies.items()):
+            rows_from[scale] = rows = count * rows
+        self.generation = generation or cache.open(case.rows, rows_from)
+        self.reserved = self.generation.plan.peak_pages
         self.rows = list(range(case.rows))
         self.script, self.layer = [], 0
-        self.alone = case.cache(pool_of(200)).open(case.rows)
+        self.alone = case.cache(pool_of(400)).open(case.rows, rows_from)
         for scale, seed, rows in script:
             self._replay(scale, seed, rows)
 
     def inputs(self, scale, layer, seed, rows):
-        return tuple(part[rows] for part in fresh(self.case, scale, layer, seed=seed))
+        return tuple(part[rows] for part in fresh(self.case, scale, layer, rows=60, seed=seed))
 
     def _replay(self, scale, seed, rows):
+        self._branch_alone()
         if rows != self.rows:
             self._keep_alone(rows)
         for layer in range(self.case.geometry.layers):
             self.alone.attend(layer, *self.inputs(scale, layer, seed, rows))
         self.script.append((scale, seed, rows))
+
+    def _branch_alone(self):
+        count = self.alone.place.copies
+        if count > 1:
+            self.alone.branch(count)
+            self.rows = [row + 10 * copy for row in self.rows for copy in range(count)]
 
     def _keep_alone(self, rows):
         self.alone.keep_rows([self.rows.index(row) for row in rows])
@@ -98,10 +111,21 @@ class Twin:
     def is_between_scales(self):
         return self.layer == 0
 
+    @property
+    def may_lose_rows(self):
+        return self.is_between_scales and self.generation.scale not in self.copies
+
+    def branch(self):
+        """If it is due now."""
+        if self.generation.place.copies > 1:
+            self.generation.branch(self.generation.place.copies)
+            self._branch_alone()
+
     def step(self, seed):
         """One layer of both, compared bit for bit. The seed counts at the start of a scale."""
         scale, layer = self.generation.scale, self.layer
         if layer == 0:
+            self.branch()
             self.script.append((scale, seed, list(self.rows)))
         inputs = self.inputs(scale, layer, self.script[-1][1], self.rows)
         ours = self.generation.attend(layer, *inputs)
@@ -109,12 +133,17 @@ class Twin:
         self.layer = (layer + 1) % self.case.geometry.layers
 
     def keep_rows(self, places):
+        before = self.generation.plan
         self.generation.keep_rows(places)
-        self.reserved = self.generation.plan.peak_pages_from(self.generation.scale)
+        if self.generation.plan is not before:
+            self.reserved = self.generation.plan.peak_pages_from(self.generation.scale)
         self._keep_alone([self.rows[place] for place in places])
 
     def fork(self):
-        twin = Twin(self.case, self.cache, self.generation.fork(), self.script)
+        forked = self.generation.fork()
+        twin = Twin(self.case, self.cache, self.copies, self.script, forked)
+        if self.alone.place.copies < twin.alone.place.copies:
+            twin._branch_alone()
         if twin.rows != self.rows:
             twin._keep_alone(self.rows)
         return twin

@@ -21,6 +21,7 @@ from tests.hazards.interrupts import Interrupts
 from tests.shared import CASES, Twin, pool_of
 
 seeds = st.integers(0, 3)
+copies = st.sampled_from([{}, {}, {1: 2}, {2: 3}, {3: 2}, {4: 3}])  # at which scale, how many
 twins = st.integers(0, 9)  # which of those that are open, counted round and round
 
 
@@ -61,21 +62,21 @@ class PoolOfGenerations(RuleBasedStateMachine):
         twin.close()
         assert not twin.generation.is_open and twin.generation.stats.live_pages == 0
 
-    @rule(which=st.integers(0, 2))
-    def open(self, which):
+    @rule(which=st.integers(0, 2), copies=copies)
+    def open(self, which, copies):
         cache = self.caches[which % len(self.caches)]
         case = self.cases[which % len(self.caches)]
-        needed = cache.plan(case.rows).peak_pages
+        rows_from = {scale: case.rows * count for scale, count in copies.items()}
+        needed = cache.plan(case.rows, rows_from).peak_pages
         if needed + self.reserved() > self.pool.num_pages:
             with pytest.raises(Exception, match=r"pages requested|needed") as caught:
-                cache.open(case.rows)
+                cache.open(case.rows, rows_from)
             if needed <= self.pool.num_pages:
                 assert isinstance(caught.value, OutOfPages)
                 free = self.pool.num_pages - self.reserved()
                 assert (caught.value.requested, caught.value.free) == (needed, free)
             return
-        twin = Twin(case, cache, cache.open(case.rows))
-        self.open_now.append(twin)
+        self.open_now.append(Twin(case, cache, copies))
 
     @precondition(lambda self: self.open_now)
     @rule(twin=twins, seed=seeds, steps=st.integers(1, 4))
@@ -103,7 +104,7 @@ class PoolOfGenerations(RuleBasedStateMachine):
     @rule(twin=twins, data=st.data())
     def keep_rows(self, twin, data):
         twin = self.open_now[twin % len(self.open_now)]
-        if twin.is_between_scales:
+        if twin.may_lose_rows:
             everyone = range(twin.generation.rows)
             places = data.draw(st.lists(st.sampled_from(everyone), min_size=1, unique=True))
             twin.keep_rows(places)
@@ -128,6 +129,9 @@ class PoolOfGenerations(RuleBasedStateMachine):
         if twin.is_done:
             return
 
+        if twin.is_between_scales:
+            twin.branch()
+
         def broken(*args, **kwargs):
             raise Broken
 
@@ -146,6 +150,8 @@ class PoolOfGenerations(RuleBasedStateMachine):
         twin = self.open_now[twin % len(self.open_now)]
         if twin.is_done:
             return
+        if twin.is_between_scales:
+            twin.branch()
         inputs = twin.inputs(twin.generation.scale, twin.layer, seed, twin.rows)
         with Interrupts(at):
             try:
@@ -179,6 +185,20 @@ class PoolOfGenerations(RuleBasedStateMachine):
                 twin.generation.fork()  # and nobody takes it
             except (KeyboardInterrupt, OutOfPages):
                 pass
+
+    @precondition(lambda self: self.open_now)
+    @rule(twin=twins, at=st.integers(1, 120))
+    def interrupt_a_branching(self, twin, at):
+        twin = self.open_now[twin % len(self.open_now)]
+        if not twin.is_between_scales or twin.generation.place.copies == 1:
+            return
+        before = twin.generation.rows
+        with Interrupts(at):
+            try:
+                twin.generation.branch(twin.generation.place.copies)
+            except KeyboardInterrupt:
+                assert not twin.generation.is_open or twin.generation.rows == before
+        self.gone(twin)
 
     @rule(which=st.integers(0, 2), at=st.integers(1, 300))
     def interrupt_an_opening(self, which, at):
@@ -217,7 +237,7 @@ def test_forks_of_forks_draw_what_each_draws_alone(name):
     """One at each boundary, of whoever is there, drawn on in turns."""
     case, pool = CASES[name](), pool_of(600)
     cache = case.cache(pool)
-    twins = [Twin(case, cache, cache.open(case.rows))]
+    twins = [Twin(case, cache)]
     for scale in range(len(case.schedule)):
         for _ in range(case.geometry.layers):
             for number, twin in enumerate(twins):

@@ -57,7 +57,7 @@ def test_an_interrupt_at_any_line_harms_nobody_else(name, stride):
     case, pool = SMALL[name](), pool_of(40)
     cache = case.cache(pool)
     assert cache.plan(case.rows).shape(1, 0, 1).kind.name == KINDS[name]
-    other = Twin(case, cache, cache.open(case.rows))
+    other = Twin(case, cache)
     other.step(7)
     other.step(7)
     wanted = draw(case, cache, 1)

@@ -16,7 +16,8 @@ READ = (*PACKAGES, "tests", "benchmarks")
 FLOORS = [  # of kvruntime, from the ground up: a module imports only from floors below its own
     "errors sizes arguments extras frames catalogue storage step reference.tokenizer "
     "reference.emoji",
-    "storage.layout storage.memory storage.transfer planning.positions planning.baseline planning.occupancy",
+    "storage.layout storage.memory storage.transfer planning.positions planning.baseline "
+    "planning.occupancy",
     "storage.records storage.pages storage.coding planning.shapes models.stand_ins quality",
     "coding storage.pool planning.regions models.checkout",
     "options reference.transformer planning.steps",
