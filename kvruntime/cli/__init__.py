@@ -1,6 +1,4 @@
-"""The command line: kvruntime demo, plan, sample, eval, check, calibrate, tune,
-doctor.
-"""
+"""The command line: kvruntime demo, vary, plan, sample, eval, check, calibrate, tune, doctor."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from kvruntime.cli.evaluate import evaluate_command
 from kvruntime.cli.models import calibrate_command, check_command, tune_command
 from kvruntime.cli.plan import plan_command
 from kvruntime.cli.sample import sample_command
+from kvruntime.cli.vary import vary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +18,7 @@ app = typer.Typer(
     help="A memory-managed, paged KV cache for next-scale (VAR) image models.",
 )
 app.command("demo")(demo)
+app.command("vary")(vary)
 app.command("plan")(plan_command)
 app.command("sample")(sample_command)
 app.command("eval")(evaluate_command)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -254,10 +255,14 @@ class EmojiVAR(nn.Module):
 
 
 def _with_copies(noises: list[torch.Generator], count: int) -> list[torch.Generator]:
-    """Each generator, and behind it count - 1 new ones that start from its seed and a number."""
-    spread = 2**32  # seeds of other pictures lie closer
+    """Each generator, and behind it count - 1 new ones, seeded by its seed and a number."""
+
+    def new(seed: int, number: int) -> torch.Generator:
+        mixed = np.random.SeedSequence([seed, number]).generate_state(1)
+        return torch.Generator().manual_seed(int(mixed[0]))
+
     return [
-        torch.Generator().manual_seed(noise.initial_seed() + number * spread) if number else noise
+        new(noise.initial_seed(), number) if number else noise
         for noise in noises
         for number in range(count)
     ]

@@ -234,20 +234,23 @@ TestPoolOfGenerations = PoolOfGenerations.TestCase
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_forks_of_forks_draw_what_each_draws_alone(name):
-    """One at each boundary, of whoever is there, drawn on in turns."""
-    case, pool = CASES[name](), pool_of(600)
-    cache = case.cache(pool)
-    twins = [Twin(case, cache)]
+    """One at each boundary, of whoever is there, before and after rows are repeated, drawn on in
+    turns.
+    """
+    case, pool = CASES[name](), pool_of(3000)
+    twins = [Twin(case, case.cache(pool), {1: 2, 3: 2})]
     for scale in range(len(case.schedule)):
+        twins.append(twins[-1].fork())
+        for twin in twins[::2]:
+            twin.branch()
+        twins.append(twins[scale // 2].fork())
         for _ in range(case.geometry.layers):
             for number, twin in enumerate(twins):
                 twin.step(seed=number)
                 pool.check()
-        if scale == 2:
+        if scale == 1:
             twins[1].keep_rows([1])
-        if scale < 4:
-            twins += [twin.fork() for twin in twins[:3]]
-    assert all(twin.is_done for twin in twins) and len(twins) > 9
+    assert all(twin.is_done for twin in twins) and len(twins) == 11
     for twin in twins:
         twin.close()
     assert pool.stats.live_pages == pool.stats.reserved_pages == 0

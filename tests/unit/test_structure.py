@@ -40,8 +40,8 @@ FLOORS = [  # of kvruntime, from the ground up: a module imports only from floor
     "adapters.parity",
     "adapters",
     "fold_errors tuning sampling evaluation demo.pictures demo.table demo.compare",
-    "calibration demo cli.common cli.building",
-    "cli.demo cli.doctor cli.plan cli.models cli.sample cli.evaluate",
+    "calibration demo demo.variations cli.common cli.building",
+    "cli.demo cli.doctor cli.plan cli.models cli.sample cli.evaluate cli.vary",
     "cli",
     "__main__",
 ]
