@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,13 @@ class Settings(BaseModel):
 
 
 class Drawn(Settings):
-    """A line of the manifest: one finished picture. seconds: of its batch; page_bytes: that its
-    batch had at the peak, and own_bytes what the model's own cache would have.
+    """A line of the manifest: one finished picture. prompt: as the file has it; None: the model's
+    own choice, of classes in turn. seconds: of its batch; page_bytes: that its batch had at the
+    peak, and own_bytes what the model's own cache would have.
     """
 
     number: NonNegativeInt
+    prompt: str | None = None
     seed: NonNegativeInt
     file: str
     seconds: NonNegativeFloat
@@ -61,6 +63,7 @@ def sample(
     count: int,
     out: Path,
     *,
+    prompts: Sequence[str] = (),
     rank: int = 0,
     world: int = 1,
     tick: Callable[[int], object] = lambda finished: None,
@@ -70,10 +73,13 @@ def sample(
     that the manifest has, and whose file is there, are not drawn again.
 
     A picture appears whole or not at all, and then its line, so that killing it anywhere loses
-    nothing. drawing: more arguments of ``built.draw``. tick: gets the pictures of all ranks so far.
-    Raises ValueError where the folder holds pictures of other settings.
+    nothing. prompts: in turn; none: what the model draws by itself. drawing: more arguments of
+    ``built.draw``. tick: gets the pictures of all ranks so far. Raises ValueError where the folder
+    holds pictures of other settings or prompts, or the model does not know a prompt.
     """
-    finished = set(finished_in(out, settings))
+    finished = set(finished_in(out, settings, prompts))
+    if prompts:
+        built.check_prompts(prompts)
     tick(len(finished))
     options: dict[str, Any] = {"kv_dtype": settings.kv_dtype}
     with attach(built.model, settings.policy, settings.budget, **options) as attached:
@@ -81,17 +87,21 @@ def sample(
             numbers = range(first, min(first + settings.batch, count))
             if all(number in finished for number in numbers):
                 continue
+            said = [_prompt(prompts, first + place) for place in range(settings.batch)]
+            if prompts:
+                drawing |= built.prompted([str(prompt) for prompt in said])
             began = time.perf_counter()
             pictures = built.draw(settings.batch, first, **drawing)[: len(numbers)]
             seconds, stats = time.perf_counter() - began, attached.stats
             lines = []
-            for number, picture in zip(numbers, pictures, strict=True):
+            for number, prompt, picture in zip(numbers, said, pictures, strict=False):
                 if number not in finished:
                     name = f"{number:06d}.png"
                     _save(picture, out / name, out / f".{name}.{rank}")
                     line = Drawn(
                         **settings.model_dump(),
                         number=number,
+                        prompt=prompt,
                         seed=first,
                         file=name,
                         seconds=seconds,
@@ -118,14 +128,25 @@ def read_manifest(out: Path) -> Iterator[Drawn]:
             continue
 
 
-def finished_in(out: Path, settings: Settings) -> Iterator[int]:
-    """Numbers of pictures that are there. Raises ValueError for pictures of other settings."""
+def _prompt(prompts: Sequence[str], number: int) -> str | None:
+    return prompts[number % len(prompts)] if prompts else None
+
+
+def finished_in(out: Path, settings: Settings, prompts: Sequence[str] = ()) -> Iterator[int]:
+    """Numbers of pictures that are there. Raises ValueError for pictures of other settings or
+    prompts.
+    """
     for line in read_manifest(out):
         theirs = Settings(**line.model_dump(include=set(Settings.model_fields)))
         if theirs.model_dump_json() != settings.model_dump_json():  # 1 is not 1.0
             raise ValueError(
                 f"{out} holds pictures of other settings, {theirs}: give another folder than for "
                 f"{settings}"
+            )
+        if line.prompt != _prompt(prompts, line.number):
+            raise ValueError(
+                f"{out} holds picture {line.number} of {line.prompt!r}, not of "
+                f"{_prompt(prompts, line.number)!r}: give another folder"
             )
         if (out / line.file).is_file():
             yield line.number

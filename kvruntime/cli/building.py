@@ -20,6 +20,9 @@ Weights = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where torch computes: cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help=f"One of {', '.join(DTYPE_BYTES)}; autocast's.")]
+TextEncoder = Annotated[
+    Path | None, typer.Option(help="Infinity: a folder with google/flan-t5-xl, for prompts.")
+]
 StandIns = Annotated[
     bool, typer.Option(help="Put something in the place of packages that are not installed.")
 ]
@@ -36,6 +39,7 @@ def built_model(
     resolution: str | None,
     aspect: str,
     stand_ins: bool,
+    text_encoder: Path | None = None,
 ) -> tuple[Built, dict[str, Any]]:
     """The model, and settings for its ``draw``. Raises ValueError for what does not fit."""
     if dtype not in DTYPE_BYTES:
@@ -50,7 +54,15 @@ def built_model(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
     try:
-        built = build(name, repo, weights, device, TORCH_DTYPES[dtype], stand_ins=stand_ins)
+        built = build(
+            name,
+            repo,
+            weights,
+            device,
+            TORCH_DTYPES[dtype],
+            stand_ins=stand_ins,
+            text_encoder=text_encoder,
+        )
     except ImportError as error:
         raise ValueError(str(error)) from error
     return built, settings

@@ -25,6 +25,7 @@ def build(
     *,
     stand_ins: bool = False,
     depth: int | None = None,
+    text_encoder: str | Path | None = None,
 ) -> Built:
     """A published model in the code of a checkout of its authors' repository.
 
@@ -37,6 +38,7 @@ def build(
     stand_ins: where the code imports what is not installed and drawing can do without
         (models.stand_ins), put something in its place, and log it. depth: of a smaller model, with
         random weights.
+    text_encoder: for Infinity's prompts, a folder with google/flan-t5-xl; needs the extra "text".
 
     Raises ValueError for an unknown name, FileNotFoundError that says where a file is published,
     and ImportError that names what is not installed.
@@ -48,7 +50,10 @@ def build(
     if repo is None and name != "emoji64":
         raise ValueError(f"{name} is built by its authors' code: give repo, a checkout of it")
     folder = None if weights is None else Path(weights)
-    wanted = Wanted(name, Path(repo or "."), folder, torch.device(device), dtype, stand_ins, depth)
+    encoder = None if text_encoder is None else Path(text_encoder)
+    wanted = Wanted(
+        name, Path(repo or "."), folder, torch.device(device), dtype, stand_ins, depth, encoder
+    )
     return BUILDERS[name](wanted)
 
 

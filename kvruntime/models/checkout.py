@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ class Wanted:
     dtype: torch.dtype
     stand_ins: bool
     depth: int | None
+    text_encoder: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,15 @@ class Built:
 
     model: for ``attach``. vae: decodes its codes. draw(pictures, seed, **settings): pictures
     [pictures, 3, height, width] in [0, 1], with the published settings unless told otherwise.
+    prompted(prompts): settings of a draw of them, one for each picture. check_prompts(prompts):
+    raises ValueError or ImportError where any of them cannot be drawn.
     """
 
     model: nn.Module
     vae: nn.Module
     draw: Callable[..., Tensor]
+    prompted: Callable[[Sequence[str]], dict[str, Any]]
+    check_prompts: Callable[[Sequence[str]], object]
 
 
 def import_from(wanted: Wanted, name: str, marker: str) -> ModuleType:

@@ -4,7 +4,7 @@ scripts/ and notebooks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from kvruntime.models.checkout import (
     load_into,
     read_weights,
 )
+from kvruntime.models.prompts import text_encoder
 from policies import ScaleSchedule
 
 PUBLISHED = "https://huggingface.co/FoundationVision/Infinity/tree/main"
@@ -103,7 +104,18 @@ def build(wanted: Wanted) -> Built:
             )
         return torch.as_tensor(images).permute(0, 3, 1, 2).flip(1).float() / 255
 
-    return Built(model, vae, draw)
+    def encoder() -> Callable[[Sequence[str]], list[Tensor]]:
+        if wanted.text_encoder is None:
+            raise ValueError(
+                f"{wanted.name} draws prompts by features of its text encoder: give text_encoder, "
+                "a folder with google/flan-t5-xl"
+            )
+        return text_encoder(wanted.text_encoder, device)
+
+    def prompted(prompts: Sequence[str]) -> dict[str, Any]:
+        return {"text": encoder()(prompts)}
+
+    return Built(model, vae, draw, prompted, check_prompts=lambda prompts: encoder())
 
 
 def _tokenizer(wanted: Wanted, size: _Size, file: Path | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from kvruntime.models.checkout import (
     load_into,
     read_weights,
 )
+from kvruntime.models.prompts import class_numbers
 
 PUBLISHED = "https://huggingface.co/FoundationVision/var/tree/main"
 VAE = "vae_ch160v4096z32.pth"
@@ -69,4 +71,7 @@ def build(wanted: Wanted) -> Built:
         with torch.inference_mode(), cast:
             return model.autoregressive_infer_cfg(B=pictures, g_seed=seed, **chosen)  # type: ignore[no-any-return]
 
-    return Built(model, vae, draw)
+    def prompted(prompts: Sequence[str]) -> dict[str, Any]:
+        return {"label_B": class_numbers(prompts, 1000).to(device)}
+
+    return Built(model, vae, draw, prompted, check_prompts=prompted)

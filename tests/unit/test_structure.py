@@ -19,7 +19,7 @@ FLOORS = [  # of kvruntime, from the ground up: a module imports only from floor
     "storage.layout storage.memory storage.transfer planning.positions planning.baseline "
     "planning.occupancy",
     "storage.records storage.pages storage.coding planning.shapes models.stand_ins quality",
-    "coding storage.pool planning.regions models.checkout",
+    "coding storage.pool planning.regions models.checkout models.prompts",
     "options reference.transformer planning.steps",
     "planning.workspace planning.demand planning.roles planning.formats attention.base reference "
     "preset attention.operators models.var",
