@@ -1,5 +1,5 @@
 """``python -m benchmarks NAME``: allocator, attention, capacity, fleet, frontier, generate, gpu,
-infinity, memory, soak.
+infinity, memory, process, soak, stress.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from benchmarks import (
     infinity,
     memory,
     soak,
+    whole_process,
 )
 from benchmarks.common import environment
 from benchmarks.load import beside_load as neighbour
 from benchmarks.schemas import REPORTS
 from kvruntime import BackendUnavailable
+from kvruntime.sizes import parse_bytes
 
 WRONG, BAD_INPUT, NO_GPU = 1, 2, 3
 
@@ -253,6 +255,19 @@ def _memory(
         _fail(f"a ratio is not in {memory.LEAST} to 1", WRONG)
 
 
+@app.command("process")
+def _process(
+    growth: Annotated[str, typer.Option(help="That the process may grow by.")] = "256MiB",
+    out: Out = None,
+) -> None:
+    """How many pictures a process draws that the operating system keeps from growing."""
+    try:
+        limit = parse_bytes(growth, "growth")
+    except ValueError as error:
+        _fail(str(error), BAD_INPUT)
+    _report("process", out, lambda progress: whole_process.run(progress, limit), growth=limit)
+
+
 @app.command("soak")
 def _soak(
     generations: Annotated[int, typer.Option(min=1, help="In four threads.")] = 10_000,
@@ -261,6 +276,28 @@ def _soak(
 ) -> None:
     """Generations in threads that wait, fork and fail on one pool: each draws as it does alone."""
     _report("soak", out, lambda progress: soak.run(generations, progress, seed), seed=seed)
+
+
+@app.command("stress")
+def _stress(
+    generations: Annotated[int, typer.Option(min=1, help="Of the soak.")] = 10_000,
+    seed: int = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw what a card carries.")] = None,
+    out: Out = None,
+) -> None:
+    """capacity, process, soak and fleet, one after the other: about twenty minutes."""
+
+    def run(progress: Progress) -> Any:
+        return {
+            "capacity": capacity.run(progress),
+            "process": whole_process.run(progress),
+            "soak": soak.run(generations, progress, seed),
+            "fleet": fleet.run(progress, fleet.PEAKS, fleet.CARDS, fleet.HOUR_SECONDS),
+        }
+
+    results = _report("stress", out, run, generations=generations, seed=seed)
+    if plot is not None:
+        fleet_plot.save_plot(results["fleet"], plot)
 
 
 if __name__ == "__main__":

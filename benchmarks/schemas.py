@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import Field
 
-from benchmarks.schemas_many import Capacity, Fleet, Soak
+from benchmarks.schemas_many import Capacity, Fleet, Process, Soak, Stress
 from benchmarks.strict import Spread, Strict
 
 Results = TypeVar("Results")
@@ -226,5 +226,7 @@ REPORTS: dict[str, type[Report[Any]]] = {
     "gpu": Report[Gpu],
     "infinity": Report[Infinity],
     "memory": Report[list[Memory]],
+    "process": Report[Process],
     "soak": Report[Soak],
+    "stress": Report[Stress],
 }

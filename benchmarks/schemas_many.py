@@ -39,6 +39,26 @@ class Capacity(Strict):
     fits: list[Fit]
 
 
+class ProcessFit(Strict):
+    """Most pictures with this cache, bytes of the process that drew them by kind, and how the
+    attempt at more ended. rest: what layers compute, and what the allocator keeps.
+    """
+
+    cache: str
+    pictures: int
+    times_own: float
+    bytes: dict[str, int]
+    more: str
+
+
+class Process(Strict):
+    """growth_bytes: that the operating system lets the process grow by, once the model is there."""
+
+    model: str
+    growth_bytes: int
+    fits: list[ProcessFit]
+
+
 class Carried(Strict):
     """A pool of so many ``peaks`` with more requests than room. Generations that draw at a time:
     where each reserves its peak, where they are staggered, and at most (peak / mean). ratio:
@@ -71,3 +91,12 @@ class Fleet(Strict):
     decision_us: float
     carried: list[Carried]
     day: list[Day]
+
+
+class Stress(Strict):
+    """All of them."""
+
+    capacity: Capacity
+    process: Process
+    soak: Soak
+    fleet: Fleet

@@ -1,6 +1,6 @@
 """Many generations of many caches on one pool, in threads: random policies and schedules, forks,
-rows that go, cancellations and faults. Every output is compared with that of the same generation
-drawn alone.
+rows that go or are repeated, cancellations and faults. Every output is compared with that of the
+same generation drawn alone.
 """
 
 from __future__ import annotations
@@ -152,16 +152,21 @@ class Soak:
         """One generation; how it ended."""
         family = chance.choice(self.families)
         fate = chance.choices(
-            ("drawn", "fork", "thinned", "fault", "cancelled", "left"), (60, 10, 10, 8, 8, 4)
+            ("drawn", "fork", "thinned", "branched", "fault", "cancelled", "left"),
+            (50, 10, 10, 10, 8, 8, 4),
         )[0]
-        ticket = self.admission.submit(family.cache.plan(ROWS))
+        when = chance.randrange(len(family.cache.schedule))
+        rows, rows_from = ROWS, {}
+        if fate == "branched" and when:
+            rows, rows_from = 1, {when: ROWS}
+        ticket = self.admission.submit(family.cache.plan(rows, rows_from))
         self.waited += not ticket.has_started
         try:
             if fate == "left":
                 ticket.cancel()
                 return fate
-            with family.cache.open(ROWS, ticket=ticket) as generation:
-                _draw(family, generation, chance.randrange(SEEDS), fate, chance, ticket)
+            with family.cache.open(rows, rows_from, ticket) as generation:
+                _draw(family, generation, chance.randrange(SEEDS), fate, when, ticket)
                 return "drawn"
         except Cancelled:
             return "cancelled"
@@ -177,18 +182,21 @@ def _draw(
     generation: Generation,
     seed: int,
     fate: str,
-    chance: random.Random,
+    when: int,
     ticket: Ticket,
 ) -> None:
     """Draw it and its twin, if it gets one, step by step beside each other."""
     scales, layers = len(family.cache.schedule), range(family.cache.geometry.layers)
-    when, rows, both = chance.randrange(scales), ROWS, [generation]
+    rows, both = list(range(generation.rows)), [generation]
     for scale in range(scales):
         if scale == when and fate == "fork":
             both.append(generation.fork())
         if scale == when and fate == "thinned":
-            rows = 1
+            rows = [0]
             generation.keep_rows(rows)
+        if generation.place.copies > 1:
+            rows = [0] * ROWS
+            generation.branch(ROWS)
         if scale == when and fate == "cancelled":
             ticket.cancel()
         for layer in layers:
@@ -196,11 +204,11 @@ def _draw(
                 object.__setattr__(generation._runner, "observer", _raising)
             inputs, wanted = family.steps[seed, scale, layer]
             for one in both:
-                out = one.attend(layer, *inputs[:, :rows])
-                if rows == ROWS:
+                out = one.attend(layer, *inputs[:, rows])
+                if rows == list(range(ROWS)):
                     assert torch.equal(out, wanted), f"scale {scale}, layer {layer}: not as alone"
                 else:  # torch may round other numbers of rows differently
-                    assert torch.allclose(out, wanted[:rows], atol=1e-2), f"scale {scale}"
+                    assert torch.allclose(out, wanted[rows], atol=1e-2), f"scale {scale}"
     for one in both:
         one.close()
 

@@ -10,9 +10,10 @@ import psutil
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.progress import Progress
 from typer.testing import CliRunner
 
-from benchmarks import allocator, attention, fleet, generate, memory, soak
+from benchmarks import allocator, attention, fleet, generate, memory, soak, whole_process
 from benchmarks.__main__ import app
 from benchmarks.load import beside_load
 from benchmarks.schemas import REPORTS, Attention, Report
@@ -160,6 +161,37 @@ def test_memory(call, monkeypatch):
     assert set(memory.POLICIES) >= set(POLICY_NAMES) and len(memory.POLICIES) == 17
     done = call("memory", "--policy", "none", code=2)
     assert "'none' is not one of full, scalekv" in done.stderr
+
+
+def test_process(call, monkeypatch):
+    """Processes of two pictures and of too many; what they tell is added up."""
+    asked = []
+
+    def attempt(name, pictures, growth):
+        asked.append((name, pictures))
+        if pictures > {"its own": 6, "full": 1, "scalekv 10 %": 40}.get(name, 60):
+            return None, "died while it drew"
+        return {"pictures": pictures, "bytes": {"pages": growth // 2, "rest": 7}}, ""
+
+    monkeypatch.setattr(whole_process, "attempt", attempt)
+    results = call("process", "--growth", "1MiB")["results"]
+    assert [fit["pictures"] for fit in results["fits"]] == [6, 1, 40, 60]
+    assert results["fits"][0]["bytes"] == {"pages": 2**19, "rest": 7}
+    assert {fit["more"] for fit in results["fits"]} == {"died while it drew"}
+    assert len(asked) < 40
+    monkeypatch.setattr(whole_process, "attempt", lambda *_: (None, "refused before it drew"))
+    with pytest.raises(MemoryError, match="its own: not one picture is drawn within 9 bytes: refu"):
+        whole_process.run(Progress(), 9)
+    assert call("process", "--growth", "much", code=2)
+
+
+@pytest.mark.full
+def test_a_process_draws_until_the_system_refuses():
+    told, _ = whole_process.attempt("scalekv 10 %", 1, 100 * 2**20)
+    assert told["pictures"] == 1 and min(told["bytes"].values()) >= 0
+    assert whole_process.attempt("scalekv 10 %", 30, 100 * 2**20)[0] is None
+    refused = whole_process.attempt("full", 20, 100 * 2**20)
+    assert refused == (None, "refused before it drew")
 
 
 def test_soak(call, monkeypatch):
