@@ -13,7 +13,7 @@ import kvruntime
 from kvruntime import Admission, Pool, ScheduleError
 from kvruntime.adapters import EMOJI
 from kvruntime.cli import app
-from policies import ScaleKV, make_policy
+from policies import Allocation, Needs, ScaleKV, Selection, make_policy
 from tests.unit.test_rows import SCHEDULE, cache_of, draw, steps
 from tests.waiting import is_empty
 
@@ -95,6 +95,42 @@ def test_rows_that_share_less_than_the_first_ones_keep_their_room():
                 generation.attend(layer, *steps(SCHEDULE, 2, 4, layer))
             reserved.append(pool.stats.reserved_pages)
     assert reserved[0] < reserved[1] == pool.num_pages
+
+
+class Ends:
+    """Keeps eight tokens of the history: the first ones in even layers, the last in odd ones."""
+
+    name, needs = "ends", Needs(by_lane=True)
+
+    def allocate(self, problem):
+        geometry = problem.geometry
+        counts = [min(seen, 8) for seen in problem.schedule.seen[:-1]] + [0]
+        tokens = np.tile(np.array(counts)[:, None, None], (1, geometry.layers, geometry.heads))
+        return Allocation(tokens)
+
+    def scratch(self, sizes):
+        return []
+
+    def select(self, candidates):
+        heads, count = candidates.positions.shape[1:]
+        keep = int(candidates.keep[0])
+        first = count - keep if candidates.layer % 2 else 0
+        return Selection(torch.arange(first, first + keep).expand(1, heads, keep))
+
+
+def test_layers_that_keep_other_tokens_share_other_pages():
+    """As many in each layer, and yet one rewrites its pages where the other does not."""
+    cache = cache_of(Ends(), 8, page_size=2)
+    with cache.open(1, {3: 4}) as generation:
+        held, pool = generation.plan.occupancy, generation._runner.pool
+        for scale in range(5):
+            if scale == 3:
+                generation.branch(4)
+            for layer in range(2):
+                generation.attend(layer, *steps(SCHEDULE, generation.rows, scale, layer))
+                assert pool.allocator.num_live == held.after[scale, layer]
+        assert generation.stats.peak_pages == generation.stats.planned_pages
+    assert np.diff(held.after[3]) > 0, "the second layer writes"
 
 
 def test_too_little_memory_says_how_many_rows_would_fit():
