@@ -281,8 +281,6 @@ def _soak(
 @app.command("stress")
 def _stress(
     generations: Annotated[int, typer.Option(min=1, help="Of the soak.")] = 10_000,
-    seed: int = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw what a card carries.")] = None,
     out: Out = None,
 ) -> None:
     """capacity, process, soak and fleet, one after the other: about twenty minutes."""
@@ -291,13 +289,11 @@ def _stress(
         return {
             "capacity": capacity.run(progress),
             "process": whole_process.run(progress),
-            "soak": soak.run(generations, progress, seed),
+            "soak": soak.run(generations, progress),
             "fleet": fleet.run(progress, fleet.PEAKS, fleet.CARDS, fleet.HOUR_SECONDS),
         }
 
-    results = _report("stress", out, run, generations=generations, seed=seed)
-    if plot is not None:
-        fleet_plot.save_plot(results["fleet"], plot)
+    _report("stress", out, run, generations=generations)
 
 
 if __name__ == "__main__":

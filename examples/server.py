@@ -27,7 +27,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from PIL import Image
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 
@@ -35,6 +35,7 @@ import kvruntime
 from kvruntime.planning import Plan
 from kvruntime.reference import load_classes, load_model
 from kvruntime.reference.transformer import EmojiVAR
+from kvruntime.telemetry import Collector
 
 PAGE_BYTES, PLANE_BYTES = 2**10, 2**7  # small ones, for small budgets of a small model
 CLIENT_GONE = 499  # as nginx says
@@ -105,15 +106,7 @@ class Metrics:
 
     def __init__(self, painter: Painter) -> None:
         self.registry = CollectorRegistry()
-        pool, admission = painter.pool, painter.admission
-        for name, what, read in (
-            ("pool_pages", "Pages of the pool.", lambda: pool.num_pages),
-            ("pool_live_pages", "Pages that generations own.", lambda: pool.stats.live_pages),
-            ("held_pages", "Pages that they may own.", lambda: admission.stats.held_pages),
-            ("underway", "Generations that have started.", lambda: admission.stats.underway),
-            ("queued", "Generations that wait to start.", lambda: admission.stats.queued),
-        ):
-            Gauge(f"kvruntime_{name}", what, registry=self.registry).set_function(read)
+        self.registry.register(Collector(painter.admission))
         self.ended = Counter(
             "kvruntime_requests", "Requests, by how they ended.", ["how"], registry=self.registry
         )

@@ -40,6 +40,7 @@ from kvruntime.origin import Provenance, provenance
 from kvruntime.planning import plan
 from kvruntime.stats import Stats
 from kvruntime.storage.pool import Pool, PoolStats
+from kvruntime.telemetry import Snapshot, snapshot
 from policies import Allocation, CacheGeometry, Policy, ScaleSchedule, Selection
 
 __version__ = "0.1.0"
@@ -68,6 +69,7 @@ __all__ = [
     "ScaleSchedule",
     "ScheduleError",
     "Selection",
+    "Snapshot",
     "Stats",
     "Ticket",
     "UnsupportedModel",
@@ -76,4 +78,5 @@ __all__ = [
     "check",
     "plan",
     "provenance",
+    "snapshot",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,8 +19,10 @@ from kvruntime.sizes import LARGEST, rows_by_scale
 from kvruntime.step.run import Observer, Runner
 from kvruntime.storage.memory import free_bytes, real_device
 from kvruntime.storage.pool import Pool
+from kvruntime.telemetry import opening
 from policies import CacheGeometry, ScaleSchedule
 
+_log = logging.getLogger("kvruntime")
 _WORKSPACE_SHARE = 8  # of the device's free memory: one part
 
 
@@ -176,7 +179,10 @@ class PagedKVCache:
             plan, pool, self._backend, self._softmax_scale, self._observer, self._coding
         )
         ticket = self._admitted(plan, ticket)
-        return Generation(runner, self._workspaces, self.facts, on_close, ticket)
+        generation = Generation(runner, self._workspaces, self.facts, on_close, ticket)
+        if _log.isEnabledFor(logging.INFO):
+            _log.info("%s", opening(plan, pool, self.facts))
+        return generation
 
     def _admitted(self, plan: Plan, ticket: Ticket | None) -> Ticket | None:
         """The ticket that a generation of this plan draws on; waits until it may."""
@@ -217,7 +223,7 @@ class PagedKVCache:
         )
 
     def _take_back(self, pool: Pool) -> None:
-        if pool.is_idle:  # else a fork still draws
+        if not pool.owners:  # else a fork still draws
             self._idle_pools[:] = [pool]
 
     def let_go(self) -> None:

@@ -26,6 +26,14 @@ def parse_bytes(text: str, name: str = "memory") -> int:
     return size
 
 
+def in_units(num_bytes: float) -> str:
+    """Bytes for people: 1.61 GiB, 12 MiB, 900 B."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
 def parse_share(text: str) -> float | None:
     """0.8 of "80%"; None for a text that is no percentage. Raises ValueError out of (0, 100]."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from kvruntime.step.shift import shift
 from kvruntime.storage.pages import Pages
 from kvruntime.storage.pool import Pool
 from kvruntime.storage.transfer import upload
+from kvruntime.tracing import phase
 from policies import Selection
 
 Observer = Callable[[int, int, int, Tensor, Tensor, Tensor], None]
@@ -112,40 +114,28 @@ def run_step(
     plan, pool = runner.plan, runner.pool
     coding = runner.coding
     transforms = coding.layer(layer, pool.device) if coding else None
-    step = prepare(plan, pool, table, scale, layer, rows, workspace, transforms)
-
-    pages = runner.pages(scale - 1, layer) if step.shape.cached else None
-    ids = None
-    if pages is not None:
-        ids = page_ids(step, upload(k.device, [step.ids])[0])
-    from_pages = (
-        q is not None
-        and not step.shape.attended
-        and pages is not None
-        and runner.backend.reads_pages(
-            pages, q.shape[1], step.shape.is_ragged and not step.shape.needs_candidates
-        )
-    )
-    is_observed = q is not None and runner.observer is not None
-    needs = is_observed or step.shape.needs_candidates or (q is not None and not from_pages)
-    held = _read(step, pages, ids, k, v, needs)
-
+    with phase("prepare"):
+        step = prepare(plan, pool, table, scale, layer, rows, workspace, transforms)
+    with phase("read"):
+        pages, ids, from_pages, held = _read(runner, step, q, k, v)
     out = None
     if q is not None:
-        seen = held
-        if step.shape.attended:
-            seen = choose_attended(plan, step, held, q, runner.softmax_scale)
-        out = _attend(runner, step, q, k, v, seen, pages, ids, from_pages)
+        with phase("attend"):
+            seen = held
+            if step.shape.attended:
+                seen = choose_attended(plan, step, held, q, runner.softmax_scale)
+            out = _attend(runner, step, q, k, v, seen, pages, ids, from_pages)
         if runner.observer is not None:
             runner.observer(scale, layer, rows.start, q, held.keys, held.values)
 
     selection = None
     if step.shape.kind in (Kind.CHOOSE, Kind.FOLD):
         assert q is not None, "Generation.append refuses those"
-        selection = choose(plan, step, held, q, runner.softmax_scale)
-
-    writes = _writes(step, pages, ids, held, selection, k, v)
-    commit(step, pool, table, runner.pages(scale, layer), writes, ids)
+        with phase("select"):
+            selection = choose(plan, step, held, q, runner.softmax_scale)
+    with phase("commit"):
+        writes = _writes(step, pages, ids, held, selection, k, v)
+        commit(step, pool, table, runner.pages(scale, layer), writes, ids)
     return out, from_pages
 
 
@@ -168,18 +158,38 @@ def _attend(
     return backend.attend(q, held.keys, held.values, held.log_weights, softmax_scale)
 
 
-def _read(
-    step: Prepared,
-    pages: Pages | None,
-    ids: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    needs_candidates: bool,
-) -> Held:
+class _Read(NamedTuple):
+    """pages: of the cached tokens, None where there are none. from_pages: whether attention reads
+    them by itself.
+    """
+
+    pages: Pages | None
+    ids: Tensor | None
+    from_pages: bool
+    held: Held
+
+
+def _read(runner: Runner, step: Prepared, q: Tensor | None, k: Tensor, v: Tensor) -> _Read:
     """Gathered candidates where anything looks at them; else the fresh ones as they came."""
-    if step.shape.gathers and needs_candidates:
-        return read_held(step, pages, ids, k, v)
-    return Held(k.transpose(1, 2), v.transpose(1, 2), None)
+    shape, pages, ids = step.shape, None, None
+    if shape.cached:
+        pages = runner.pages(step.scale - 1, step.layer)
+        ids = page_ids(step, upload(k.device, [step.ids])[0])
+    from_pages = (
+        q is not None
+        and not shape.attended
+        and pages is not None
+        and runner.backend.reads_pages(
+            pages, q.shape[1], shape.is_ragged and not shape.needs_candidates
+        )
+    )
+    is_observed = q is not None and runner.observer is not None
+    is_needed = is_observed or shape.needs_candidates or (q is not None and not from_pages)
+    if shape.gathers and is_needed:
+        held = read_held(step, pages, ids, k, v)
+    else:
+        held = Held(k.transpose(1, 2), v.transpose(1, 2), None)
+    return _Read(pages, ids, from_pages, held)
 
 
 def _lanes(runner: Runner, step: Prepared, pages: Pages, ids: Tensor) -> Lanes:

@@ -26,8 +26,8 @@ def free_bytes(device: torch.device) -> int:
     host's system, within the limit of the control group.
     """
     if device.type == "cuda":
-        told = _nvml_free_bytes(device)
-        return int(torch.cuda.mem_get_info(device)[0]) if told is None else told
+        told = nvml_memory(device)
+        return int(torch.cuda.mem_get_info(device)[0] if told is None else told.free)
     free = int(psutil.virtual_memory().available)
     for limit, in_use in _CGROUPS:
         try:
@@ -37,15 +37,16 @@ def free_bytes(device: torch.device) -> int:
     return max(0, free)
 
 
-def _nvml_free_bytes(device: torch.device) -> int | None:
-    """None where NVML does not answer for this GPU."""
+def nvml_memory(device: torch.device) -> Any:
+    """NVML's reading of a GPU, with ``free``, ``used`` and ``total`` bytes; None where it does not
+    answer.
+    """
     pynvml, _ = start_nvml()
     if pynvml is None:
         return None
     try:
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid))
-        return int(memory.free)
+        return pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid))
     except pynvml.NVMLError:
         return None
     finally:

@@ -100,13 +100,11 @@ class Pool:
             advice = "that much is free on the device: draw fewer at once or lower the budget"
             raise WillNeverFit(self.num_bytes, free_bytes(self.device), advice) from error
         self._lock = threading.RLock()
-        self._tables: weakref.WeakKeyDictionary[object, list[BlockTable]]
-        self._tables = weakref.WeakKeyDictionary()
-        self._reserved: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._tables = weakref.WeakKeyDictionary[object, list[BlockTable]]()
+        self._reserved = weakref.WeakKeyDictionary[object, int]()
         self._leaving: list[object] = []  # dismissed in the middle of a change
         self._changer: FrameType | None = None  # in which a change goes on
-        self._finalizers: weakref.WeakKeyDictionary[object, weakref.finalize[..., object]]
-        self._finalizers = weakref.WeakKeyDictionary()
+        self._finalizers = weakref.WeakKeyDictionary[object, "weakref.finalize[..., object]"]()
         self._is_changing = self._has_lost = False
         self._claimant: Claimant | None = None
         self._stream: object = None
@@ -129,8 +127,8 @@ class Pool:
         claimed = self._claimant.held_pages if self._claimant else 0
         reserved = claimed + sum(self._reserved.values())
         peak = max(self.allocator.high_water, num_live)
-        free = self.num_pages - num_live
-        return PoolStats(self.num_pages, num_live, free, reserved, peak, self.num_bytes)
+        total = self.num_pages
+        return PoolStats(total, num_live, total - num_live, reserved, peak, self.num_bytes)
 
     def view(self, layout: PageLayout) -> Pages:
         """The pages read through a layout, which must have been made for this pool's pages."""
@@ -251,9 +249,9 @@ class Pool:
             self._finalizers.pop(owner).detach()
 
     @property
-    def is_idle(self) -> bool:
-        """Whether no generation is open."""
-        return not self._tables
+    def owners(self) -> tuple[object, ...]:
+        """The open generations; of another thread's some that come or go meanwhile."""
+        return tuple(one for one in (ref() for ref in self._tables.keyrefs()) if one is not None)
 
     def _mark_lost(self, tables: list[BlockTable]) -> None:
         """An owner went without being dismissed: its pages are found when somebody asks next."""

@@ -243,7 +243,7 @@ def test_h27_a_fork_in_an_own_pool_outlives_its_parent():
     with cache.open(4) as other:
         assert other._runner.pool is not pool
     fork.close()
-    assert pool.is_idle and pool.stats.live_pages == 0
+    assert not pool.owners and pool.stats.live_pages == 0
 
 
 def test_h27_a_closed_generation_lets_its_pool_go():

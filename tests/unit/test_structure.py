@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("allocator", "policies", "kvruntime")
 READ = (*PACKAGES, "tests", "benchmarks")
 FLOORS = [  # of kvruntime, from the ground up: a module imports only from floors below its own
-    "errors sizes arguments extras frames catalogue storage step reference.tokenizer "
+    "errors sizes arguments extras frames tracing catalogue storage step reference.tokenizer "
     "reference.emoji",
     "storage.layout storage.memory storage.transfer planning.positions planning.baseline "
     "planning.occupancy",
@@ -32,6 +32,7 @@ FLOORS = [  # of kvruntime, from the ground up: a module imports only from floor
     "step.fold admission",
     "step.run device calls",
     "generation",
+    "telemetry",
     "cache origin adapters.embedding adapters.recognition",
     "adapters.interception adapters.caches adapters.emoji adapters.var adapters.infinity",
     "adapters.serving",
@@ -172,8 +173,8 @@ PUBLIC = set(
     """
     Admission AdmissionStats Allocation BackendUnavailable CacheGeometry CacheOptions Cancelled
     Embedding EmbeddingError Generation KVRuntimeError OutOfPages PageStateError PagedKVCache Parity
-    Policy Pool PoolStats Provenance QueueFull ScaleSchedule ScheduleError Selection Stats Ticket
-    UnsupportedModel WillNeverFit attach check plan provenance
+    Policy Pool PoolStats Provenance QueueFull ScaleSchedule ScheduleError Selection Snapshot
+    Stats Ticket UnsupportedModel WillNeverFit attach check plan provenance snapshot
     """.split()
 )
 
