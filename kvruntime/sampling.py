@@ -15,11 +15,14 @@ from torch import Tensor
 from kvruntime.adapters import attach
 from kvruntime.extras import extra
 from kvruntime.models import Built
+from kvruntime.report.capture import Capture, picture_of
+from kvruntime.report.record import save_run
 
 with extra("cli"):
     from PIL import Image
 
-MANIFEST = "manifest.jsonl"
+MANIFEST, RUN = "manifest.jsonl", "RUN.json"
+_PICTURES_IN_RUN = 16
 
 
 class Settings(BaseModel):
@@ -73,9 +76,10 @@ def sample(
     that the manifest has, and whose file is there, are not drawn again.
 
     A picture appears whole or not at all, and then its line, so that killing it anywhere loses
-    nothing. prompts: in turn; none: what the model draws by itself. drawing: more arguments of
-    ``built.draw``. tick: gets the pictures of all ranks so far. Raises ValueError where the folder
-    holds pictures of other settings or prompts, or the model does not know a prompt.
+    nothing. RUN.json tells of the first batch that rank 0 draws. prompts: in turn; none: what the
+    model draws by itself. drawing: more arguments of ``built.draw``. tick: gets the pictures of all
+    ranks so far. Raises ValueError where the folder holds pictures of other settings or prompts, or
+    the model does not know a prompt.
     """
     finished = set(finished_in(out, settings, prompts))
     if prompts:
@@ -83,6 +87,7 @@ def sample(
     tick(len(finished))
     options: dict[str, Any] = {"kv_dtype": settings.kv_dtype}
     with attach(built.model, settings.policy, settings.budget, **options) as attached:
+        capture = Capture(attached) if rank == 0 else None
         for first in range(rank * settings.batch, count, world * settings.batch):
             numbers = range(first, min(first + settings.batch, count))
             if all(number in finished for number in numbers):
@@ -93,6 +98,9 @@ def sample(
             began = time.perf_counter()
             pictures = built.draw(settings.batch, first, **drawing)[: len(numbers)]
             seconds, stats = time.perf_counter() - began, attached.stats
+            if capture is not None:
+                _record(capture, settings, seconds, pictures, said, out)
+                capture = None
             lines = []
             for number, prompt, picture in zip(numbers, said, pictures, strict=False):
                 if number not in finished:
@@ -126,6 +134,30 @@ def read_manifest(out: Path) -> Iterator[Drawn]:
             yield Drawn.model_validate_json(line)
         except ValidationError:
             continue
+
+
+def _record(
+    capture: Capture,
+    settings: Settings,
+    seconds: float,
+    pictures: Tensor,
+    prompts: list[str | None],
+    out: Path,
+) -> None:
+    """RUN.json of the first batch."""
+    titles = [f"picture {place}" if said is None else said for place, said in enumerate(prompts)]
+    some = list(zip(titles, pictures[:_PICTURES_IN_RUN], strict=False))
+    run = capture.record(
+        "sample",
+        settings.model,
+        settings.budget,
+        seconds,
+        [picture_of(title[:80], picture) for title, picture in some],
+        settings.batch,
+    )
+    beside = out / f".{RUN}"
+    save_run(run, beside)
+    os.replace(beside, out / RUN)
 
 
 def _prompt(prompts: Sequence[str], number: int) -> str | None:

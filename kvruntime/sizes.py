@@ -30,7 +30,8 @@ def in_units(num_bytes: float) -> str:
     """Bytes for people: 1.61 GiB, 12 MiB, 900 B."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
+            count = num_bytes / size
+            return f"{count:,.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
     return f"{num_bytes:.0f} B"
 
 

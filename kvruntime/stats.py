@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvruntime.planning.demand import Plan
@@ -31,6 +31,7 @@ class Stats:
     backend_reason: why it is this back end. page_steps, gather_steps: layers whose attention read
         the pages themselves, and a gathered copy, one for each chunk of rows.
     kv_dtype, kv_groups: of the pages from scale kv_start on; None if all are exact.
+    events: pages live after each step, layer by layer within a scale; at the end one of each step.
     """
 
     policy: str
@@ -55,6 +56,7 @@ class Stats:
     baseline_bytes: int
     history_bytes: int
     timeline: tuple[ScaleRecord, ...]
+    events: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -66,6 +68,7 @@ class Tally:
     live_pages: int = 0
     peak_pages: int = 0
     timeline: tuple[ScaleRecord, ...] = ()
+    events: list[int] = field(default_factory=list)
 
     def step(self, attended: bool, chunks: int, from_pages: int) -> None:
         """A layer was served in so many chunks, of which some read the pages themselves."""
@@ -77,6 +80,7 @@ class Tally:
         """What a layer's table held before its step, at most in it, and after it."""
         self.peak_pages = max(self.peak_pages, self.live_pages + most - before)
         self.live_pages += after - before
+        self.events.append(self.live_pages)
 
     def scale(self, scale: int, kept_tokens: int) -> None:
         """All layers of a scale are served."""
@@ -84,7 +88,7 @@ class Tally:
 
     def forked(self) -> Tally:
         """For a fork, which has served nothing yet."""
-        return Tally(0, 0, self.live_pages, self.live_pages, self.timeline)
+        return Tally(0, 0, self.live_pages, self.live_pages, self.timeline, list(self.events))
 
 
 def stats_of(plan: Plan, facts: dict[str, Any], rows: int, live_pages: int, tally: Tally) -> Stats:
@@ -99,6 +103,7 @@ def stats_of(plan: Plan, facts: dict[str, Any], rows: int, live_pages: int, tall
         gather_steps=tally.gather_steps,
         peak_pages=tally.peak_pages,
         timeline=tally.timeline,
+        events=tuple(tally.events),
         page_size=plan.page_size,
         budget_tokens=plan.budget_tokens,
         planned_pages=plan.peak_pages,
@@ -121,6 +126,7 @@ def nothing_drawn(plan: Plan, facts: dict[str, Any]) -> Stats:
         page_size=plan.page_size,
         budget_tokens=plan.budget_tokens,
         timeline=(),
+        events=(),
     )
 
 

@@ -168,6 +168,7 @@ def check_generation(case, cache, tolerance):
         assert stats.live_pages == 0, "the last scale leaves pages"
         assert stats.planned_pages == stats.peak_pages == plan.peak_pages
         assert [record.scale for record in stats.timeline] == list(range(len(case.schedule)))
+        assert stats.events == tuple(plan.occupancy.after.ravel())
         pool = generation._runner.pool
         assert pool.allocator.high_water == plan.peak_pages
     assert pool.stats.live_pages == pool.stats.reserved_pages == 0

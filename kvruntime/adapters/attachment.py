@@ -17,6 +17,7 @@ from kvruntime.adapters.patching import original_of
 from kvruntime.adapters.serving import SamplerCall, Serving
 from kvruntime.admission import Ticket
 from kvruntime.errors import ScheduleError
+from kvruntime.generation import Generation
 from kvruntime.planning import Plan
 from kvruntime.sizes import check_positive
 from kvruntime.stats import Stats, nothing_drawn
@@ -114,6 +115,11 @@ class Attachment:
         check_positive("at_scale", at_scale)
         check_positive("count", count)
         self._serving.branch = at_scale, count
+
+    def on_scale(self, function: Callable[[Generation], object] | None) -> None:
+        """Call ``function(generation)`` before each scale (``generation.scale``): to show progress,
+        ask for its ``provenance``, or stop the sampler by raising. None: no more."""
+        self._serving.on_scale = function
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One layer's attention, [rows, n, heads, head_dim]; the first call of a generation opens

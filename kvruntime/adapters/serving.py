@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class Serving:
         self.drawn: ScaleSchedule | None = None  # its schedule
         self.ticket: Ticket | None = None  # of the next one
         self.branch: tuple[int, int] | None = None  # scale and count, of the next one
+        self.on_scale: Callable[[Generation], object] | None = None
 
     def schedule(self, call: Mapping[str, Any]) -> ScaleSchedule:
         """Raises EmbeddingError where the call does not tell."""
@@ -83,6 +84,8 @@ class Serving:
             generation.branch(generation.place.copies)
         elif q.shape[0] < generation.rows:
             generation.keep_rows(q.shape[0])
+        if layer == 0 and self.on_scale is not None:
+            self.on_scale(generation)
         dtype = self._caches.dtype(v)
         out = generation.attend(layer, q.to(dtype), k.to(dtype), v.to(dtype))
         if generation.scale == len(generation.plan.schedule):

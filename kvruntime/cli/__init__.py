@@ -1,4 +1,6 @@
-"""The command line: kvruntime demo, vary, plan, sample, eval, check, calibrate, tune, doctor."""
+"""The command line: kvruntime demo, vary, plan, sample, eval, report, check, calibrate, tune,
+doctor.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from kvruntime.cli.doctor import doctor
 from kvruntime.cli.evaluate import evaluate_command
 from kvruntime.cli.models import calibrate_command, check_command, tune_command
 from kvruntime.cli.plan import plan_command
+from kvruntime.cli.report import report_command
 from kvruntime.cli.sample import sample_command
 from kvruntime.cli.vary import vary
 
@@ -22,6 +25,7 @@ app.command("vary")(vary)
 app.command("plan")(plan_command)
 app.command("sample")(sample_command)
 app.command("eval")(evaluate_command)
+app.command("report")(report_command)
 app.command("check")(check_command)
 app.command("calibrate")(calibrate_command)
 app.command("tune")(tune_command)

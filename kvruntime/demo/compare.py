@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from kvruntime.adapters import attach
+from kvruntime.adapters import Attachment, attach
 from kvruntime.catalogue import VAR_256
 from kvruntime.quality import kl_nats, psnr_db
 from kvruntime.reference import EmojiVAR, load_classes, load_model
@@ -66,19 +67,19 @@ def run_demo(
         if progress and bar is not None:
             progress.update(bar, advance=1, description=f"drawn with {name}")
 
-    own = _own(model, labels, seed)
+    own = draw_own(model, labels, seed)
     tick("its own cache")
     runs: dict[str, Any] = {}
     pictures = own.pictures
     for options in formats:
         name = options["policy"]
-        runs[name], drawn = _compare(model, labels, seed, own, budget, options)
+        runs[name], drawn = compare(model, labels, seed, own, budget, options)
         if name == shown:
             pictures = drawn
         tick(name)
     others = []
     for options in quantised:
-        run, _ = _compare(model, labels, seed, own, budget, options)
+        run, _ = compare(model, labels, seed, own, budget, options)
         others.append(run)
         tick(f"{options['policy']}, {options['kv_dtype']}")
     report = {
@@ -99,7 +100,7 @@ def run_demo(
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
+class Own:
     """What the model's own cache draws and predicts."""
 
     codes: list[Tensor]
@@ -108,21 +109,26 @@ class _Own:
     seconds: float
 
 
-def _own(model: EmojiVAR, labels: Tensor, seed: int) -> _Own:
+def draw_own(model: EmojiVAR, labels: Tensor, seed: int) -> Own:
+    """Pictures on the model's own cache, and what it predicts for them."""
     codes, pictures, seconds = _draw(model, labels, seed)
-    return _Own(codes, pictures, model.teacher_forced(labels, codes), seconds)
+    return Own(codes, pictures, model.teacher_forced(labels, codes), seconds)
 
 
-def _compare(
+def compare(
     model: EmojiVAR,
     labels: Tensor,
     seed: int,
-    own: _Own,
+    own: Own,
     budget: float | str,
     options: dict[str, Any],
+    watch: Callable[[Attachment], object] = lambda attached: None,
 ) -> tuple[dict[str, Any], Tensor]:
-    """One way to cache against the model's own: the figures, and its pictures."""
+    """One way to cache against the model's own: the figures, and its pictures. watch: gets the
+    attachment before anything is drawn.
+    """
     with attach(model, budget=_budget_of(options, budget), **options) as attached:
+        watch(attached)
         _, drawn, elapsed = _draw(model, labels, seed)
         stats = attached.stats
         forced = model.teacher_forced(labels, own.codes)

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from kvruntime.demo.trio import Drawn
+from kvruntime.sizes import in_units
+
+
+def print_trio(
+    own_bytes: int, own_seconds: float, drawn: Sequence[Drawn], console: Console
+) -> None:
+    """Six lines: bytes, how many times less, planned and used pages, PSNR, KL, seconds."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "its own cache", *(one.name.replace(", ", "\n") for one in drawn)):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    runs = [one.figures for one in drawn]
+
+    def line(name: str, own: str, show: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(name, own, *map(show, runs))
+
+    line("memory of the cache", in_units(own_bytes), lambda run: in_units(run["page_bytes"]))
+    line("times less", "1", lambda run: f"{own_bytes / run['page_bytes']:.0f}")
+    line("pages planned / used", "", _pages)
+    line("PSNR, dB", "", lambda run: _number(run["psnr_db"]["mean"], "inf"))
+    line("KL, nats", "", lambda run: f"{run['kl']:.2g}")
+    line("seconds", f"{own_seconds:.1f}", lambda run: f"{run['seconds']:.1f}")
+    console.print(table)
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvruntime.planning.baseline import baseline_bytes
+from kvruntime.planning.baseline import baseline_bytes, own_curve
 from kvruntime.planning.occupancy import Occupancy, occupancy, repeated_occupancy
 from kvruntime.planning.regions import StepRegions, output_bytes
 from kvruntime.planning.shapes import StepShape
@@ -196,6 +196,10 @@ class Plan(Steps):
     def baseline_bytes(self) -> dict[str, int]:
         """The model's own cache of as many rows (planning.baseline)."""
         return baseline_bytes(self.own or self.geometry, self.schedule, self.rows_by_scale)
+
+    def own_curve(self) -> NDArray[np.int64]:
+        """The same step by step, int64 [scales, layers]."""
+        return own_curve(self.own or self.geometry, self.schedule, self.rows_by_scale)
 
     def for_rows(self, rows: int, rows_from: Mapping[int, int] | None = None) -> Plan:
         """The same generation with other rows. rows_from: {scale: rows from there on}. Raises

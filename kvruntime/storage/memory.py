@@ -4,6 +4,7 @@ host.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ _CGROUPS = (  # (limit, in use), version 2 and version 1
 
 def free_bytes(device: torch.device) -> int:
     """What is free on the device: by its driver (NVML where it answers, else torch), or by the
-    host's system, within the limit of the control group.
+    host's system, within the limits of the control group and of the process (ulimit -d, -v).
     """
     if device.type == "cuda":
         told = nvml_memory(device)
@@ -34,7 +35,20 @@ def free_bytes(device: torch.device) -> int:
             free = min(free, int(Path(limit).read_text()) - int(Path(in_use).read_text()))
         except (OSError, ValueError):  # no such version, or "max"
             continue
-    return max(0, free)
+    return max(0, min(free, *_left_to_process()))
+
+
+def _left_to_process() -> list[int]:
+    """What it may yet take by each limit that is set; a large number where none is."""
+    process, left = psutil.Process(), [sys.maxsize]
+    if not psutil.LINUX:
+        return left
+    used = process.memory_info()
+    for limit, taken in ((psutil.RLIMIT_DATA, used.data), (psutil.RLIMIT_AS, used.vms)):
+        most = process.rlimit(limit)[0]
+        if most != psutil.RLIM_INFINITY:
+            left.append(most - taken)
+    return left
 
 
 def nvml_memory(device: torch.device) -> Any:

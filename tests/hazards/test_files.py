@@ -100,10 +100,10 @@ def test_h22_standard_output_is_closed_or_full(as_json, target):
     assert_one_line(shell(f"kvruntime plan var-d16 {as_json} {target}"))
 
 
-@pytest.mark.parametrize("name", ["demo.png", "formats.png", "demo.json"])
+@pytest.mark.parametrize("name", ["demo.png", "memory.png", "RUN.json"])
 def test_h22_a_folder_in_the_way_is_found_before_drawing(tmp_path, monkeypatch, name):
     (tmp_path / name).mkdir()
-    monkeypatch.setattr("kvruntime.demo.run_demo", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr("kvruntime.demo.run_trio", lambda *_, **__: pytest.fail("drawn"))
     result = command("demo", "--count", "1", "--out", str(tmp_path))
     assert_one_line(result)
     assert f"{name} is a folder" in result.stderr

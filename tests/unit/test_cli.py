@@ -208,9 +208,9 @@ def test_bad_input_exits_with_2_and_one_message(arguments, tmp_path):
 
 def test_demo_into_a_folder_that_is_in_the_way(tmp_path):
     """Said before anything is drawn, not after."""
-    (tmp_path / "demo.json").mkdir()
+    (tmp_path / "RUN.json").mkdir()
     result = run("demo", "--count", "9999", "--out", str(tmp_path))
-    assert result.exit_code == 2 and "demo.json is a folder" in result.stderr
+    assert result.exit_code == 2 and "RUN.json is a folder" in result.stderr
     (tmp_path / "file").write_text("")
     result = run("demo", "--count", "9999", "--out", str(tmp_path / "file"))
     assert result.exit_code == 2 and "file" in result.stderr

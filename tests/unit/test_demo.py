@@ -5,9 +5,11 @@ import json
 import pytest
 from rich.console import Console
 
-from kvruntime.demo import print_report, run_demo
+from kvruntime.demo import compare, print_report, run_demo
 from kvruntime.demo.compare import SHOWN
 from kvruntime.demo.pictures import save_formats
+from kvruntime.report.record import load_run
+from kvruntime.sizes import in_units
 from kvruntime.storage.layout import CODED, KV_DTYPES, records_named
 from tests.unit.test_cli import run
 
@@ -78,37 +80,41 @@ def check_formats(report):
     assert all(abs(found["scalekv", "int4", g, True] - exact) < 0.2 * exact for g in (1, 2, 4))
 
 
-def demo(tmp_path, *options):
-    result = run("demo", *options, "--out", str(tmp_path), "--json")
+def everything(tmp_path, *options):
+    result = run("demo", "--all", *options, "--out", str(tmp_path), "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report == json.loads((tmp_path / "demo.json").read_text())
-    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("demo.png", "formats.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     return report
+
+
+@pytest.fixture
+def few_formats(monkeypatch):
+    monkeypatch.setattr(compare, "FORMATS", [])
 
 
 @pytest.mark.parametrize(
     ("dtype", "count"), [("float32", 2), pytest.param("bfloat16", 2, marks=pytest.mark.full)]
 )
-def test_demo(tmp_path, dtype, count):
-    report = demo(tmp_path, "--count", str(count), "--dtype", dtype, "--no-formats")
+def test_demo_of_everything(tmp_path, few_formats, dtype, count):
+    report = everything(tmp_path, "--count", str(count), "--dtype", dtype)
     check_demo(report, count, dtype)
-    assert report["quantised"] == [] and not (tmp_path / "formats.png").exists()
     assert report["runs"]["full"]["budget_tokens"] == report["history_tokens"] == 424
     assert report["budget_tokens"] == report["runs"]["scalekv"]["budget_tokens"] == 42
 
 
 @pytest.mark.full
 def test_demo_of_all_formats(tmp_path):
-    report = demo(tmp_path, "--count", "2", "--formats")
+    report = everything(tmp_path, "--count", "2")
     check_demo(report, 2, "float32")
     check_formats(report)
-    assert (tmp_path / "formats.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_demo_at_a_budget_in_bytes(tmp_path):
+def test_demo_at_a_budget_in_bytes(tmp_path, few_formats):
     """full stays what the others are compared with; they keep to the bytes."""
-    report = demo(tmp_path, "--count", "1", "--budget", "10%", "--no-formats")
+    report = everything(tmp_path, "--count", "1", "--budget", "10%")
     runs = report["runs"]
     assert report["budget"] == "10%" and runs["full"]["bit_identical"] is True
     history = runs["full"]["token_bytes"]
@@ -117,10 +123,10 @@ def test_demo_at_a_budget_in_bytes(tmp_path):
         assert runs[name]["planned_pages"] == runs[name]["peak_pages"]
 
 
-def test_demo_of_quantised_pages(tmp_path):
+def test_demo_of_quantised_pages(tmp_path, few_formats):
     """As a table for people; the file has the same figures."""
     pages = ("--kv-dtype", "int4", "--kv-groups", "2", "--kv-start", "3")
-    rest = ("--count", "1", "--policy", "ams_kv", "--no-formats", "--out", str(tmp_path))
+    rest = ("--all", "--count", "1", "--policy", "ams_kv", "--out", str(tmp_path))
     result = run("demo", *rest, *pages)
     assert result.exit_code == 0, result.stderr
     assert "ams_kv int4/2 @3" in result.stdout and "bit-identical" not in result.stdout
@@ -129,6 +135,35 @@ def test_demo_of_quantised_pages(tmp_path):
         assert (one["kv_dtype"], one["kv_groups"], one["kv_start"]) == ("int4", 2, 3), name
         assert one["planned_pages"] == one["peak_pages"] and one["leaked_pages"] == 0
     assert 0 < report["runs"]["full"]["kl"] < 1e-2
+
+
+def test_the_demo_in_short(tmp_path):
+    """Three ways to draw two pictures; a table of six lines, two pictures and the record."""
+    result = run("demo", "--count", "2", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.stderr
+    for name in ("demo.png", "memory.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    record = load_run(tmp_path / "RUN.json")
+    assert (record.command, record.policy, record.kv_dtype) == ("demo", "centroid", "int4")
+    assert record.rows == 4 and record.pictures_drawn == len(record.pictures) == 2
+    assert record.curves.planned == record.curves.used
+    assert max(record.curves.used) == record.bytes.pages < record.bytes.own / 50
+    assert max(record.curves.own) == record.bytes.own_copying
+    (other,) = record.others
+    assert other.policy == "scalekv, 10 %" and other.page_bytes > 5 * record.bytes.pages
+    assert record.quality.kl < other.quality.kl and record.quality.psnr_db > 20
+    assert len(record.origin) == 8 and record.origin[0].scale
+    for layer in record.origin:
+        assert len(layer.scale) <= record.budget_tokens and min(layer.weight) > 0
+        assert 0 < min(layer.line) <= max(layer.line) < 1
+    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    (rule,) = [number for number, line in enumerate(lines) if set(line.strip()) == {"─"}]
+    table = lines[rule + 1 : lines.index(next(line for line in lines if line.startswith("wrote")))]
+    assert len(table) == 6
+    assert in_units(record.bytes.own) in table[0] and in_units(record.bytes.pages) in table[0]
+    again = run("demo", "--count", "1", "--out", str(tmp_path), "--json")
+    report = json.loads(again.stdout)
+    assert list(report["runs"]) == ["scalekv", "centroid"] and report["count"] == 1
 
 
 def test_the_table_of_a_report():

@@ -1,0 +1,1 @@
+"""A run as a page: RUN.json, and the HTML that shows it."""
