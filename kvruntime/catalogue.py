@@ -14,13 +14,21 @@ from policies import CacheGeometry, Profile, ScaleSchedule, load_profile
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as the planner sees it. Guidance runs ``rows_per_picture`` rows for each picture."""
+    """A model as the planner sees it. Guidance runs ``rows_per_picture`` rows for each picture.
+
+    weights_bytes: of the model and its tokenizer, in the formats they draw in.
+    text_encoder_bytes: of what turns prompts into features, in float16. running_bytes: what layers
+    compute while one picture is drawn, measured or published; 0: not known.
+    """
 
     name: str
     geometry: CacheGeometry
     schedule: ScaleSchedule
     rows_per_picture: int = 2
     profile: Path | None = None  # of statistics that we ship
+    weights_bytes: int = 0
+    text_encoder_bytes: int = 0
+    running_bytes: int = 0
 
     def load_profile(self) -> Profile | None:
         """The statistics that we ship for it, if any."""
@@ -87,6 +95,22 @@ _LAYERS_HEADS_DIM = {
     "infinity-8b": (40, 28, 128),
     "emoji64": (8, 6, 32),
 }
+_PARAMETERS = {  # of the model and of its tokenizer, counted in their authors' code
+    "var-d16": (310_283_520, 108_948_355),
+    "var-d20": (600_917_136, 108_948_355),
+    "var-d24": (1_033_399_360, 108_948_355),
+    "var-d30": (2_010_020_356, 108_948_355),
+    "var-d36": (2_353_893_904, 108_948_355),
+    "infinity-125m": (125_148_800, 109_970_579),
+    "infinity-2b": (2_204_564_032, 110_118_051),
+    "infinity-8b": (8_375_791_824, 81_624_209),
+    "emoji64": (4_098_032, 925_267),
+}
+_TEXT_PARAMETERS = 1_223_527_424  # of the encoder of flan-t5-xl, by its published sizes
+_RUNNING = {  # with a last scale of 64 x 64
+    "infinity-2b": 800_000_000,  # docs/embedding.md, on a GPU; without the decoder
+    "infinity-8b": 2_650_000_000,  # ScaleKV, table 3, batches of 8 and 16
+}
 MODEL_NAMES = tuple(_LAYERS_HEADS_DIM)
 
 
@@ -107,7 +131,17 @@ def find_model(name: str, resolution: str | None = None, aspect: str | None = No
     dtype = "float32" if key == "emoji64" else "bfloat16"
     profile = Path(__file__).parent / "reference" / "profile.json" if key == "emoji64" else None
     geometry = CacheGeometry(layers, heads, head_dim, dtype, dtype)
-    return Model(key, geometry, schedule, profile=profile)
+    parameters, tokenizer = _PARAMETERS[key]
+    each = 2 if key.startswith("infinity") else 4  # VAR's are float32 under autocast
+    return Model(
+        key,
+        geometry,
+        schedule,
+        profile=profile,
+        weights_bytes=each * parameters + 4 * tokenizer,
+        text_encoder_bytes=2 * _TEXT_PARAMETERS if key.startswith("infinity") else 0,
+        running_bytes=_RUNNING.get(key, 0) * schedule.tokens[-1] // 4096,
+    )
 
 
 def profile_names() -> tuple[str, ...]:

@@ -135,7 +135,7 @@ def test_plan_names_the_pages(pages, says):
 
 def test_plan_says_how_many_rows_fit():
     report = plan_json("infinity-8b --memory 80GiB --reserved 20GiB")
-    assert report.keys() == PLAN_KEYS | {"memory_bytes", "max_rows"}
+    assert report.keys() == PLAN_KEYS | {"memory_bytes", "running_bytes", "max_rows"}
     assert report["memory_bytes"] == 60 * 2**30
     assert report["max_rows"] > report["rows"] == 2
     assert plan_json("infinity-8b --memory 60GiB --reserved 0GiB") == report
