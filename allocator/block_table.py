@@ -61,6 +61,7 @@ class BlockTable:
         counts = np.zeros((2, rows, heads), dtype=np.int64)
         self._allocator = allocator
         self._has_copies = False  # whether lanes may own the same page
+        self._counted: tuple[object, int] = (None, 0)  # a state, and the distinct pages in it
         self.most_owned = 0
         self.state: tuple[PageIds, Counts, Counts] = (
             np.zeros((rows, heads, 0), dtype=np.int32),
@@ -85,8 +86,20 @@ class BlockTable:
 
     @property
     def num_owned(self) -> int:
-        """Pages of all lanes, each once."""
-        return np.unique(self.owned()).size if self._has_copies else int(self.state[2].sum())
+        """Pages of all lanes, each once. O(pages) for each state where rows were repeated."""
+        if not self._has_copies:
+            return int(self.state[2].sum())
+        state, count = self._counted
+        if state is not self.state:
+            state, owned = self.state, self.owned()
+            places, order = (
+                np.empty(self._allocator.num_pages, dtype=np.int32),
+                np.arange(owned.size),
+            )
+            places[owned] = order  # of an id named twice the last place stands
+            count = int(np.count_nonzero(places[owned] == order))
+            self._counted = state, count
+        return count
 
     def owned(self) -> PageIds:
         """Every page id of the table, lane by lane; one that two lanes own twice."""
@@ -121,12 +134,23 @@ class BlockTable:
         replaced = np.zeros(shape, dtype=bool)
         if self._allocator.is_sharing:
             touched = keeps if written is None else keeps & written[:, :width]
-            replaced[touched] = self._allocator.references(ids[touched]) > 1
+            replaced[touched] = self._is_of_others(ids[touched])
             keeps &= ~replaced
         goes = _used(count, old.shape[2])
         goes[:, :, :common] &= ~keeps[:, :, :common]
         fresh = _used(after, width) & ~keeps
         return Change(rows, ids, fresh, replaced, old[goes], lengths, after)
+
+    def _is_of_others(self, ids: PageIds) -> NDArray[np.bool_]:
+        """Whether a lane must not write its page: another one owns it too. Where all that do are
+        named here, the first of them may.
+        """
+        shared = self._allocator.references(ids) > 1
+        if self._has_copies and shared.any():
+            pages, first, times = np.unique(ids, return_index=True, return_counts=True)
+            alone = self._allocator.references(pages) == times
+            shared[first[alone]] = False
+        return shared
 
     def commit(self, change: Change) -> tuple[PageIds, PageIds]:
         """Carry the change out: returns (old, new) ids of the shared pages that were replaced.
@@ -167,6 +191,22 @@ class BlockTable:
         self._allocator.retain(np.tile(self.owned(), count - 1))
         pages, lengths, num_pages = self.state
         self.state = pages.repeat(count, 0), lengths.repeat(count, 0), num_pages.repeat(count, 0)
+
+    def rehearsal(self, rows: NDArray[np.int64], num_pages: int) -> BlockTable:
+        """These rows with the pages that they share, in an allocator of their own, of so many pages
+        beside those that they own now: to see what later changes would take.
+        """
+        pages, lengths, counts = self.state
+        pages, lengths, counts = pages[rows], lengths[rows], counts[rows]
+        used = _used(counts, pages.shape[2])
+        distinct, numbers = np.unique(pages[used], return_inverse=True)
+        allocator = PageAllocator(distinct.size + num_pages)
+        ids = np.zeros_like(pages)
+        ids[used] = numbers
+        allocator.rebuild([ids[used]])
+        twin = BlockTable(allocator, *pages.shape[:2])
+        twin.state, twin._has_copies = (ids, lengths, counts), self._has_copies
+        return twin
 
     def keep_rows(self, rows: NDArray[np.int64]) -> None:
         """Give back the pages of all but these distinct rows, which become rows 0, 1, ..."""

@@ -78,10 +78,13 @@ class PageAllocator:
 
         Raises PageStateError, adding none, for a page that is free or foreign.
         """
-        ids, times = np.unique(self._known(pages), return_counts=True)
-        owners = self._references[ids]
-        if owners.min(initial=1) <= 0:
-            raise PageStateError(f"page {ids[owners <= 0][0]} is free already; nothing was changed")
+        marked = self._mark(pages)
+        if marked is not None:
+            ids, owners = marked
+            self._references[ids] = owners + 1
+            self._extra_references += ids.size
+            return
+        ids, owners, times = self._counted(pages)
         self._references[ids] = owners + times
         self._extra_references += int(times.sum())
 
@@ -91,7 +94,15 @@ class PageAllocator:
         Raises PageStateError, dropping none, for a page that is free, foreign or named more often
         than it has owners.
         """
-        ids = self._drop_shared(pages) if self.is_sharing else self._drop(pages)
+        marked = self._mark(pages)
+        if marked is None:
+            ids = self._drop_counted(pages)
+        else:
+            ids, owners = marked
+            if self.is_sharing and owners.max(initial=1) > 1:
+                self._references[ids] = owners - 1
+                self._extra_references -= int(np.count_nonzero(owners > 1))
+                ids = self._put_back(ids[owners == 1])
         self.num_free += ids.size
         return ids.size
 
@@ -157,43 +168,61 @@ class PageAllocator:
             raise PageStateError(f"page {foreign} is not one of the {self.num_pages} of this pool")
         return given
 
-    def _drop(self, pages: ArrayLike) -> NDArray[np.intp]:
-        """Where no page is shared: put these on top of the free stack, and mark them free. The
-        caller counts them. Of an id named twice only one mark survives, which is how it is found.
+    def _mark(self, pages: ArrayLike) -> tuple[NDArray[np.intp], PageIds] | None:
+        """The ids as a flat index array and their owners; each id in range and live. None, leaving
+        no trace, where one is named twice.
+
+        Leaves each page on top of the free stack and its entry as if it were free: of an id named
+        twice only one mark survives, which is how it is found. The caller counts those that are
+        free from now on, and writes the entries of the others.
         """
         given = self._known(pages)
         if given.size > self.num_pages:
-            raise PageStateError(f"{given.size} ids for {self.num_pages} pages: one is named twice")
+            return None
         top = slice(self.num_free, self.num_free + given.size)
         ids, marks = self._stack[top], self._marks[top]
         owners, found = self._owners[: given.size], self._found[: given.size]
         ids[:] = given
         self._references.take(ids, out=owners, mode="wrap")  # in range; "wrap" is the fastest
-        if owners.min(initial=1) <= 0:
-            raise PageStateError(f"page {ids[owners <= 0][0]} is free already; nothing was changed")
+        _check_live(ids, owners)
         self._references[ids] = marks
         self._references.take(ids, out=found, mode="wrap")
         if (found != marks).any():
             self._references[ids] = owners
-            raise PageStateError(f"page {ids[found != marks][0]} is named twice and has one owner")
-        return ids
+            return None
+        return ids, owners
 
-    def _drop_shared(self, pages: ArrayLike) -> NDArray[np.intp]:
-        """The same where pages may have several owners."""
+    def _counted(self, pages: ArrayLike) -> tuple[NDArray[np.intp], PageIds, NDArray[np.intp]]:
+        """Each id once, its owners, and how often it is named. Slower than ``_mark``: it sorts."""
         ids, times = np.unique(self._known(pages), return_counts=True)
         owners = self._references[ids]
-        if owners.min(initial=1) <= 0:
-            raise PageStateError(f"page {ids[owners <= 0][0]} is free already; nothing was changed")
+        _check_live(ids, owners)
+        return ids, owners, times
+
+    def _drop_counted(self, pages: ArrayLike) -> NDArray[np.intp]:
+        """Drop references where a page is named several times; those that are free then are put on
+        top of the free stack, and the caller counts them.
+        """
+        ids, owners, times = self._counted(pages)
         if (times > owners).any():
             page, named, has = (part[times > owners][0] for part in (ids, times, owners))
             raise PageStateError(f"page {page} is named {named} times and has {has} owners")
         self._references[ids] = owners - times
-        gone: NDArray[np.intp] = ids[owners == times].astype(np.intp)
-        top = slice(self.num_free, self.num_free + gone.size)
-        self._references[gone] = self._marks[top]
-        self._stack[top] = gone
+        gone = self._put_back(ids[owners == times])
         self._extra_references -= int(times.sum()) - gone.size
         return gone
+
+    def _put_back(self, ids: NDArray[np.intp]) -> NDArray[np.intp]:
+        """On top of the free stack, where the caller counts them."""
+        top = slice(self.num_free, self.num_free + ids.size)
+        self._references[ids] = self._marks[top]
+        self._stack[top] = ids
+        return ids
+
+
+def _check_live(ids: NDArray[np.intp], owners: PageIds) -> None:
+    if owners.min(initial=1) <= 0:
+        raise PageStateError(f"page {ids[owners <= 0][0]} is free already; nothing was changed")
 
 
 def _checked(count: int) -> int:

@@ -15,7 +15,7 @@ from kvruntime.generation import Generation
 from kvruntime.options import CacheOptions, check_softmax_scale
 from kvruntime.planning import WORKSPACE_LIMIT, Plan, choose_policy, make_plan, require
 from kvruntime.planning.workspace import Workspaces
-from kvruntime.sizes import LARGEST, rows_by_scale
+from kvruntime.sizes import LARGEST, in_proportion, rows_by_scale
 from kvruntime.step.run import Observer, Runner
 from kvruntime.storage.memory import free_bytes, real_device
 from kvruntime.storage.pool import Pool
@@ -126,7 +126,7 @@ class PagedKVCache:
 
     def plan(self, rows: int, rows_from: Mapping[int, int] | None = None) -> Plan:
         """What a generation of ``rows`` rows needs. rows_from: {scale: rows from there on}, for
-        samplers that drop rows half way.
+        samplers that drop rows half way, or repeat them all as often.
         """
         if self.options.is_shared_by_rows:
             by_scale = rows_by_scale(len(self.schedule), rows, rows_from)
@@ -135,9 +135,12 @@ class PagedKVCache:
             return self._plans[by_scale]
         return self._row_plan.for_rows(rows, rows_from)
 
-    def _plan_for(self) -> Callable[[int], Plan] | None:
-        """As ``max_rows`` wants it."""
-        return self.plan if self.options.is_shared_by_rows else None
+    def _plan_for(self, like: Plan) -> Callable[[int], Plan] | None:
+        """As ``max_rows`` wants it: other rows at first, of which as many go or are repeated."""
+        if not self.options.is_shared_by_rows:
+            return None
+        by_scale = like.rows_by_scale
+        return lambda rows: self.plan(rows, dict(enumerate(in_proportion(by_scale, rows))))
 
     def _make_plan(self, rows: int, rows_from: Mapping[int, int] | None = None) -> Plan:
         return make_plan(
@@ -160,7 +163,7 @@ class PagedKVCache:
         ticket: Ticket | None = None,
     ) -> Generation:
         """Start a generation of ``rows`` rows (guidance rows included). rows_from: {scale: rows
-        from there on}; ``keep_rows`` goes before each of those scales. ticket: of
+        from there on}; ``keep_rows`` or ``branch`` goes before each of those scales. ticket: of
         ``Admission.acquire`` or ``submit``, for the plan of these rows; None: with an admission,
         wait for a new one here.
 
@@ -171,7 +174,7 @@ class PagedKVCache:
         plan = self.plan(rows, rows_from)
         if self.options.memory is not None:
             assert isinstance(self.options.memory, int), "CacheOptions parses it"
-            require(plan, self.options.memory, plan_for=self._plan_for())
+            require(plan, self.options.memory, plan_for=self._plan_for(plan))
         pool, on_close = self._pool, None
         if pool is None:
             pool, on_close = self._own_pool(plan), self._take_back

@@ -81,6 +81,8 @@ def check_append(
 def check_branch(place: Place, count: int) -> None:
     """Raise ScheduleError or ValueError unless each row becomes ``count`` rows here by the plan."""
     check_positive("count", count)
+    if place.copies == count == 1:
+        return
     if place.copies == 1:
         raise ScheduleError(
             f"no row is repeated at scale {place.scale} by the plan: open(rows, "
@@ -105,6 +107,21 @@ def check_rows(
             f"{planned[0]} rows are planned from scale {place.scale} on, got {kept.size}"
         )
     return kept
+
+
+def check_promised(before: Plan, after: Plan, scale: int, at_once: bool) -> None:
+    """Raise ValueError where the rows that are left may need pages that were not planned. at_once:
+    whether all pages of the peak are reserved; else those of each step are promised.
+    """
+    promised, needed = (plan.occupancy.within[scale:] for plan in (before, after))
+    if at_once:
+        most = before.peak_pages_from(scale)
+        promised, needed = np.array([most]), np.array([after.peak_pages_from(scale)])
+    if (needed > promised).any():
+        raise ValueError(
+            f"these rows share too little: they need {int(needed.max())} pages, {promised.max()} "
+            "are planned for as many of the first ones; keep those, or do not plan that rows go"
+        )
 
 
 def _next_shape(plan: Plan, place: Place) -> tuple[int, int, int, int]:

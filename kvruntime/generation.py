@@ -7,13 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from allocator import BlockTable
 from kvruntime.admission import Ticket
-from kvruntime.calls import Place, check_append, check_branch, check_call, check_rows
+from kvruntime.calls import (
+    Place,
+    check_append,
+    check_branch,
+    check_call,
+    check_promised,
+    check_rows,
+)
 from kvruntime.errors import ScheduleError
 from kvruntime.planning.demand import Plan
 from kvruntime.planning.workspace import Workspaces
@@ -42,6 +48,7 @@ class Generation:
         facts: dict[str, Any],
         on_close: Callable[[Pool], None] | None = None,
         ticket: Ticket | None = None,
+        scale: int = 0,
     ) -> None:
         plan = runner.plan
         self._runner: Runner | None = runner  # None once closed: it holds the pool
@@ -50,7 +57,7 @@ class Generation:
         self._facts = facts
         self._on_close = on_close
         self._rows = plan.rows
-        self._scale = self._layer = 0
+        self._scale, self._layer = scale, 0
         self._branched_at = 0  # where rows were repeated last
         self._is_open = True
         self._tally = Tally()
@@ -64,7 +71,7 @@ class Generation:
         if ticket is not None:
             ticket.leave_with(self)  # before the pool's own finalizer: the later one runs first
         claimant = None if ticket is None else ticket.shared
-        pool.admit(self, self._tables, 0 if claimant else plan.peak_pages, claimant)
+        pool.admit(self, self._tables, 0 if claimant else plan.peak_pages_from(scale), claimant)
 
     @property
     def is_open(self) -> bool:
@@ -176,16 +183,15 @@ class Generation:
         """
         self._check_boundary("fork")
         assert self._runner is not None
-        runner = replace(self._runner, plan=self._plan.thinned(self._rows, 0))
-        ticket = None if self._ticket is None else self._ticket.fork()
-        twin = Generation(runner, self._workspaces, self._facts, self._on_close, ticket)
+        runner, ticket = self._runner, None if self._ticket is None else self._ticket.fork()
+        shared = (self._workspaces, self._facts, self._on_close)
+        twin = Generation(runner, *shared, ticket, self._scale)
         try:
             with runner.pool.changing():  # which knows the twin's tables, should this end half way
                 for index, table in enumerate(self._tables):
                     twin._tables[index] = table.share()
             twin._tally = self._tally.forked()
-            twin._scale, twin._rows = self._scale, self._rows
-            twin._branched_at = self._branched_at
+            twin._rows, twin._branched_at = self._rows, self._branched_at
         except BaseException:
             twin._end()
             raise
@@ -220,8 +226,11 @@ class Generation:
         assert self._runner is not None
         runner, pool = self._runner, self._runner.pool
         plan = self._plan.thinned(kept.size, self._scale)
-        if self._branched_at and (kept != np.arange(kept.size)).any():
-            plan = self._plan  # others may share fewer pages than the first ones
+        if self._branched_at:  # who shares with whom depends on which rows these are
+            room = max(plan.rows_by_scale) * int(2 * plan.layer_pages.max())
+            rehearsals = [table.rehearsal(kept, room) for table in self._tables]
+            plan = plan.seen_from(self._scale, rehearsals)
+            check_promised(self._plan, plan, self._scale, self._ticket is None)
         try:
             with pool.changing():
                 for table in self._tables:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 LARGEST = 2**30  # rows, or tokens in a page: beyond it is a slip of the hand
 _UNITS = {
@@ -86,6 +87,16 @@ def fewer_rows(planned: Sequence[int], rows: int, scale: int) -> tuple[int, ...]
         copies = max(1, planned[at] // before)
         left.append(min(planned[at], copies * (left[-1] if at > scale else rows)))
     return tuple(left)
+
+
+def in_proportion(planned: Sequence[int], rows: int) -> tuple[int, ...]:
+    """Rows of each scale if there are so many at first: as large a share goes, rounded in favour of
+    those that stay, and each is repeated as often.
+    """
+    found = [rows]
+    for before, after in pairwise(planned):
+        found.append(-(-found[-1] * after // before))
+    return tuple(found)
 
 
 def largest(fits: Callable[[int], bool], least: int, beyond: int) -> int:

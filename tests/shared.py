@@ -75,7 +75,7 @@ class Twin:
         for scale, count in sorted(self.copies.items()):
             rows_from[scale] = rows = count * rows
         self.generation = generation or cache.open(case.rows, rows_from)
-        self.reserved = self.generation.plan.peak_pages
+        self.reserved = self.generation.plan.peak_pages_from(self.generation.scale)
         self.rows = list(range(case.rows))
         self.script, self.layer = [], 0
         self.alone = case.cache(pool_of(400)).open(case.rows, rows_from)
@@ -133,10 +133,14 @@ class Twin:
         self.layer = (layer + 1) % self.case.geometry.layers
 
     def keep_rows(self, places):
+        """Raises ValueError, changing nothing, where those share too little."""
         before = self.generation.plan
-        self.generation.keep_rows(places)
-        if self.generation.plan is not before:
-            self.reserved = self.generation.plan.peak_pages_from(self.generation.scale)
+        try:
+            self.generation.keep_rows(places)
+        except ValueError:
+            assert self.generation.plan is before
+            raise
+        self.reserved = self.generation.plan.peak_pages_from(self.generation.scale)
         self._keep_alone([self.rows[place] for place in places])
 
     def fork(self):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from torch import Tensor
 from kvruntime.adapters.caches import Caches
 from kvruntime.adapters.embedding import View
 from kvruntime.adapters.interception import take_over
+from kvruntime.adapters.locks import lock_of
 from kvruntime.adapters.patching import original_of
 from kvruntime.adapters.serving import SamplerCall, Serving
 from kvruntime.admission import Ticket
@@ -58,12 +58,12 @@ class Attachment:
         schedule = view.schedule({})
         if schedule is not None:  # bad options are refused now
             caches.expected(schedule)
-        self._outside = SamplerCall({}, schedule, set())  # of those who call the blocks by hand
+        self._outside = SamplerCall({}, schedule, set(), is_by_hand=True)
         self._calls = [self._outside]  # the last one is the one that runs
         self._begun = [self._outside]  # those that have not ended, generators among them
         self._stats: Stats | None = None
         self._is_attached = True
-        self._lock = _lock_of(view)  # whose owner draws
+        self._lock = lock_of(view)  # whose owner draws
         self._thread: threading.Thread | None = None  # whose generation by hand is open
 
     def is_attached(self) -> bool:
@@ -97,7 +97,7 @@ class Attachment:
         """
         rows, arguments = pictures * rows_per_picture, self._view.some_arguments(call)
         schedule = self._serving.schedule(arguments)
-        rows_from = self._serving.rows_from(arguments, schedule, rows)
+        rows_from = self._serving.rows_from(arguments, schedule, rows, self._serving.branch)
         return self._caches.expected(schedule).plan(rows, rows_from)
 
     def use(self, ticket: Ticket) -> None:
@@ -179,13 +179,19 @@ class Attachment:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SamplerCall:
         """A call of the sampler. Raises EmbeddingError where its schedule is not known."""
         with self._alone():
+            call = SamplerCall({}, None, set())
+            self._serving.claim(call)
             try:
-                arguments = self._view.arguments(args, kwargs)
+                call.arguments = self._view.arguments(args, kwargs)
             except TypeError:
-                return SamplerCall({}, None, set())  # the sampler will say what is wrong with them
-            schedule = self._serving.schedule(arguments)
-            self._caches.expected(schedule)
-            call = SamplerCall(arguments, schedule, set(self._calls[-1].is_on))
+                return call  # the sampler will say what is wrong with them
+            try:
+                call.schedule = self._serving.schedule(call.arguments)
+                self._caches.expected(call.schedule)
+            except BaseException:
+                self._serving.give_up(call)
+                raise
+            call.is_on = set(self._calls[-1].is_on)
             self._begun.append(call)
             return call
 
@@ -213,7 +219,7 @@ class Attachment:
             raise
         finally:
             self._serving.close(call)
-            self._serving.forget_next()
+            self._serving.give_up(call)
             if not is_complete:
                 self._switch_off(call)
             self._outside.is_on = set(call.is_on)  # as its modules are now
@@ -228,6 +234,7 @@ class Attachment:
         call.has_ended = True
         self._begun = [other for other in self._begun if other is not call]
         self._serving.close(call)
+        self._serving.give_up(call)
 
     def close(self) -> None:
         """End the open generation, if any. Raises ScheduleError if it is another thread's."""
@@ -259,6 +266,7 @@ class Attachment:
         self._is_attached = False
         for call in self._begun:
             self._switch_off(call)
+            self._serving.give_up(call)
         self._serving.let_go()
         if self._serving.last is not None:
             self._stats = self._serving.last.stats
@@ -271,27 +279,6 @@ class Attachment:
             if toggle is not None:
                 original_of(self._view.attentions[layer], toggle)(False)
             call.is_on.discard(layer)
-
-
-class _Lock:
-    """One for each model, whatever is attached to it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def acquire(self) -> bool:
-        """Whether this thread has it now. Waits for nobody."""
-        return self._lock.acquire(blocking=False)
-
-    def release(self) -> None:
-        self._lock.release()
-
-
-_locks: weakref.WeakValueDictionary[int, _Lock] = weakref.WeakValueDictionary()
-
-
-def _lock_of(view: View) -> _Lock:
-    return _locks.setdefault(id(view.attentions[0]), _Lock())
 
 
 def empty(view: View, layer: int) -> None:

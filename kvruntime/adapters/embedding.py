@@ -50,8 +50,9 @@ class Embedding:
     heads(attention): heads and head dimension.
     flags: attributes of the attention during its forward, such as using_flash=False where the
         module would call a kernel of its own.
-    rows(model, call, rows): {scale: rows from there on}, where the sampler drops rows half way,
-        given those of its first scale. The first ones stay.
+    rows(model, call, rows): {scale: rows from there on}, where the sampler drops rows half way or
+        repeats them all as often, not both at one scale; given those of its first scale. Of rows
+        that go the first ones stay; repeated ones lie next to each other.
     project(attention, *args, **kwargs of its forward) -> q, k, v and finish(attention, out) -> what
         its forward returns: for attention that makes no such call. Both or none.
     layout: of q, k, v and out of those two: "bhnd" [rows, heads, n, head_dim], or "bnhd".

@@ -12,8 +12,10 @@ from kvruntime.reference.transformer import EmojiVAR
 
 def _rows(model: Any, call: Call, rows: int) -> Mapping[int, int]:
     """Rows from the scale on at which each picture becomes several."""
-    branch = call.get("branch")
-    return {branch[0]: rows * branch[1]} if branch else {}
+    match call.get("branch"):
+        case (int(scale), int(count)) if 0 < scale < len(PATCH_SIDES) and count > 0:
+            return {scale: count * rows}
+    return {}  # none, or one that the sampler refuses
 
 
 EMOJI = Embedding(

@@ -66,7 +66,8 @@ class Shadow:
         ours: Callable[[], Any],
     ) -> Any:
         """What ``ours`` returns; where nobody draws with the cache, what the module does."""
-        twin = self._twins.setdefault(call, SamplerCall(call.arguments, call.schedule, call.is_on))
+        same = SamplerCall(call.arguments, call.schedule, call.is_on, branch=call.branch)
+        twin = self._twins.setdefault(call, same)
         view, attention = self._view, self._view.attentions[layer]
         forward = original_of(attention, "forward")
         if self._last.get(layer, call) is not call and (call, layer) in self._own:

@@ -21,7 +21,9 @@ class SamplerCall:
     """One call of the sampler: its generation is its own, however calls are nested or, where
     they are generators, interleaved.
 
-    arguments: by name. is_on: layers whose cache is switched on. steps: layers served.
+    arguments: by name. is_on: layers whose cache is switched on. steps: layers served. ticket,
+    branch: what ``Attachment.use`` and ``branch`` have said of it. is_by_hand: of no sampler, and
+    never over: each of its generations takes what was said last.
     """
 
     arguments: Call
@@ -30,6 +32,9 @@ class SamplerCall:
     generation: Generation | None = None
     steps: int = 0
     has_ended: bool = False
+    ticket: Ticket | None = None
+    branch: tuple[int, int] | None = None
+    is_by_hand: bool = False
 
 
 class Serving:
@@ -40,8 +45,8 @@ class Serving:
         self._open_now: list[Generation] = []
         self.last: Generation | None = None
         self.drawn: ScaleSchedule | None = None  # its schedule
-        self.ticket: Ticket | None = None  # of the next one
-        self.branch: tuple[int, int] | None = None  # scale and count, of the next one
+        self.ticket: Ticket | None = None  # of the next call
+        self.branch: tuple[int, int] | None = None  # scale and count, of the next call
         self.on_scale: Callable[[Generation], object] | None = None
 
     def schedule(self, call: Mapping[str, Any]) -> ScaleSchedule:
@@ -55,21 +60,45 @@ class Serving:
             )
         return schedule
 
-    def rows_from(self, call: Call, schedule: ScaleSchedule, rows: int) -> Mapping[int, int]:
-        """{scale: rows from there on} of a call that begins with so many. Raises EmbeddingError."""
+    def rows_from(
+        self,
+        call: Call,
+        schedule: ScaleSchedule,
+        rows: int,
+        branch: tuple[int, int] | None,
+    ) -> Mapping[int, int]:
+        """{scale: rows from there on} of a call that begins with so many. Raises EmbeddingError,
+        and ValueError for a branch that cannot be.
+        """
         rows_from = self._view.rows_from(call, rows)
         try:
             planned = rows_by_scale(len(schedule), rows, rows_from)
         except ValueError as error:
             what = f"rows(model, call, {rows}) gives {rows_from}: {error}"
             raise self._view.error(what) from None
-        if self.branch is None:
+        if branch is None:
             return rows_from
-        at, count = self.branch
+        at, count = branch
         if not 0 < at < len(schedule):
             raise ValueError(f"branch() at scale {at}: it goes at one of 1..{len(schedule) - 1}")
+        if planned[at] != planned[at - 1]:
+            raise ValueError(
+                f"branch() at scale {at}, where {planned[at - 1]} rows become {planned[at]}: it "
+                "goes at another scale"
+            )
         later = {scale: count * left for scale, left in rows_from.items() if scale > at}
         return {**rows_from, **later, at: count * planned[at]}
+
+    def claim(self, call: SamplerCall) -> None:
+        """What was said of the next call is said of this one."""
+        call.ticket, self.ticket = self.ticket, None
+        call.branch, self.branch = self.branch, None
+
+    def give_up(self, call: SamplerCall) -> None:
+        """The call has ended, perhaps without using what was said of it."""
+        ticket, call.ticket, call.branch = call.ticket, None, None
+        if ticket is not None:
+            ticket.cancel()
 
     def attend(self, call: SamplerCall, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[rows, n, heads, head_dim]; the first layer opens the generation, the last of the last
@@ -93,12 +122,14 @@ class Serving:
         return out.to(self._caches.attended(v))
 
     def _open(self, call: SamplerCall, k: Tensor, v: Tensor) -> None:
+        if call.is_by_hand:
+            self.claim(call)
+        ticket, call.ticket = call.ticket, None
         schedule = call.schedule or self.schedule(call.arguments)
         cache = self._caches.of(schedule, k, v)
         rows = k.shape[0]
-        rows_from = self.rows_from(call.arguments, schedule, rows)
+        rows_from = self.rows_from(call.arguments, schedule, rows, call.branch)
         self.last, self.drawn = None, schedule
-        ticket, self.ticket, self.branch = self.ticket, None, None
         self.last = call.generation = cache.open(rows, rows_from, ticket)
         self._open_now = [one for one in self._open_now if one.is_open]
         self._open_now.append(call.generation)
@@ -152,7 +183,7 @@ class Serving:
         self._caches.let_go()
 
     def forget_next(self) -> None:
-        """The call that a ticket or branch was for has ended without, or there will be none."""
+        """There will be no next call."""
         ticket, self.ticket, self.branch = self.ticket, None, None
         if ticket is not None:
             ticket.cancel()

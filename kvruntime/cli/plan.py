@@ -97,20 +97,27 @@ def plan_command(
             kv_groups=kv_groups,
             kv_start=kv_start,
         )
-        check_positive("batch", batch)
-        plan_for = planner(known, options)
-        made = plan_for(batch * known.rows_per_picture)
-        by_rows = plan_for if options.is_shared_by_rows else None
-        fit = None if room is None else _rows_that_fit(made, room, known, by_rows)
-        result = plan_report(known.name, made, room, fit)
-        if as_json:
-            print_json(result)
-        else:
-            _print_plan(result, known.rows_per_picture)
-            if room is not None:
-                print_bar(room, made, batch, Console())
-        if room is not None and fit is not None:
-            _require(made, room, known, fit)
+        _plan(known, options, batch, room, as_json)
+
+
+def _plan(
+    known: Model, options: CacheOptions, batch: int, room: Room | None, as_json: bool
+) -> None:
+    """Of so many pictures."""
+    check_positive("batch", batch)
+    plan_for = planner(known, options)
+    made = plan_for(batch * known.rows_per_picture)
+    by_rows = plan_for if options.is_shared_by_rows else None
+    fit = None if room is None else _rows_that_fit(made, room, known, by_rows)
+    result = plan_report(known.name, made, room, fit)
+    if as_json:
+        print_json(result)
+    else:
+        _print_plan(result, known.rows_per_picture)
+        if room is not None:
+            print_bar(room, made, batch, Console())
+    if room is not None and fit is not None:
+        _require(made, room, known, fit)
 
 
 def _rows_that_fit(

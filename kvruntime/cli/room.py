@@ -109,6 +109,7 @@ def save_ways(ways: list[Way], model: Model, room: Room, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axis = plt.subplots(figsize=(8, 0.42 * len(ways) + 1.2), constrained_layout=True)
     names = [f"{way.name}  ({in_units(way.picture_bytes)})" for way in ways]
@@ -121,7 +122,7 @@ def save_ways(ways: list[Way], model: Model, room: Room, path: Path) -> None:
     axis.bar_label(bars, padding=4)
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("pictures at once")
     axis.set_title(
         f"{model.name} on {room.name}; in brackets the pages of one picture", fontsize=10

@@ -37,10 +37,9 @@ def vary(
     they share until one writes.
     """
     with exit_codes():
-        from kvruntime.demo.variations import draw_variations, save_grid
+        from kvruntime.demo.variations import check_out, draw_variations, save_grid
 
-        if out.is_dir():  # said before anything is drawn
-            raise ValueError(f"{out} is a folder")
+        check_out(out)
         figures, drawn = draw_variations(
             from_scale,
             count,
@@ -62,7 +61,7 @@ def vary(
             f"{figures['seconds']:.1f} s\n"
             f"pages: {figures['planned_pages']} planned, {figures['peak_pages']} used; drawn apart "
             f"{figures['apart_pages']} ({saved:.0f} % saved)\n"
-            f"of them {figures['shared_pages']} hold the scales before, once for {count}\n"
+            f"{figures['shared_pages']} held what the {count} had in common when they parted\n"
             f"wrote {out}",
             soft_wrap=True,
         )

@@ -72,6 +72,14 @@ def draw_variations(
     return figures, drawn.view(pictures, count, *drawn.shape[1:])
 
 
+def check_out(path: Path) -> None:
+    """Raise ValueError where no picture can be written, before anything is drawn."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{path} cannot be written: it is a folder, or its folder is missing")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path}: no kind of picture is called {path.suffix or 'so'}, give a .png")
+
+
 def save_grid(pictures: Tensor, path: Path) -> None:
     """A PNG of pictures [rows, columns, 3, height, width] in [0, 1]."""
     rows, columns, _, height, width = pictures.shape

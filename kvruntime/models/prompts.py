@@ -29,18 +29,22 @@ _PROMPTS = TypeAdapter(list[_Prompt | _Line])
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Of a JSON file, a list of texts or of objects with a "prompt"; of any other, one a line.
-    Raises ValueError for a file that is too large, empty or something else.
+    """Of a .json file, a list of texts or of objects with a "prompt"; of a .jsonl one, one of these
+    a line; of any other, a text a line. Raises ValueError for a file that is too large, empty or
+    something else.
     """
     size = path.stat().st_size
     if size > MOST_BYTES:
         raise ValueError(f"{path}: {size} bytes, at most {MOST_BYTES} are read")
     try:
-        if path.suffix == ".json":
-            given = _PROMPTS.validate_json(path.read_bytes())
+        text = path.read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip()]
+        if path.suffix.lower() == ".json":
+            given = _PROMPTS.validate_json(text)
+        elif path.suffix.lower() == ".jsonl":
+            given = _PROMPTS.validate_json(f"[{','.join(lines)}]")
         else:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            given = _PROMPTS.validate_python([line for line in lines if line.strip()])
+            given = _PROMPTS.validate_python(lines)
     except (ValidationError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: prompts are lines of text, or JSON, a list of texts or of objects with a "
@@ -59,7 +63,7 @@ def class_numbers(prompts: Sequence[str], count: int, names: Sequence[str] = ())
     for prompt in prompts:
         if prompt in names:
             found.append(list(names).index(prompt))
-        elif prompt.isdecimal() and int(prompt) < count:
+        elif prompt.isdecimal() and len(prompt) < 10 and int(prompt) < count:
             found.append(int(prompt))
         else:
             others = f" or one of {', '.join(names)}" if names else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -10,12 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from allocator import BlockTable
 from kvruntime.planning.baseline import baseline_bytes, own_curve
-from kvruntime.planning.occupancy import Occupancy, occupancy, repeated_occupancy
+from kvruntime.planning.occupancy import (
+    Occupancy,
+    occupancy,
+    occupancy_from,
+    repeated_occupancy,
+)
 from kvruntime.planning.regions import StepRegions, output_bytes
 from kvruntime.planning.shapes import StepShape
 from kvruntime.planning.steps import Steps
-from kvruntime.sizes import fewer_rows, largest, rows_by_scale
+from kvruntime.sizes import fewer_rows, in_proportion, largest, rows_by_scale
 from kvruntime.storage.layout import PLANE_BYTES, PageFormat, PageLayout, Records, stored_bytes
 from policies import CacheGeometry
 
@@ -30,6 +36,7 @@ class Plan(Steps):
         (``Generation.branch``), which share pages then.
     bytes_per_page, plane_bytes_per_page: of a page's K and V, and of its planes.
     own: what the model's own cache would hold, where its number formats are others.
+    seen: pages at each step where they are not those of the planned rows (``seen_from``).
     row_shapes: what was worked out already, shared by plans of other rows.
     Always: peak_pages == max of occupancy.within; unless rows are repeated, that is
         max over scales of rows_by_scale * max over layers of row_pages;
@@ -42,6 +49,7 @@ class Plan(Steps):
     bytes_per_page: int  # K and V
     plane_bytes_per_page: int
     own: CacheGeometry | None = None
+    seen: Occupancy | None = None
     row_shapes: set[tuple[int, StepShape]] = field(default_factory=set, repr=False)
 
     @property
@@ -87,6 +95,8 @@ class Plan(Steps):
     @cached_property
     def occupancy(self) -> Occupancy:
         """Pages that all rows hold at each step."""
+        if self.seen is not None:
+            return self.seen
         rows, pages = self.rows_by_scale, self.layer_pages
         if not self.branches:
             return occupancy(rows, pages)
@@ -94,10 +104,22 @@ class Plan(Steps):
         heads = self.geometry.heads
         return repeated_occupancy(rows, pages, self.chunk_rows, self.propose, heads, alike)
 
-    def _changes(self, layer: int) -> int:
-        """A number that layers have in common whose tables go through the same changes."""
+    def _changes(self, layer: int) -> Hashable:
+        """What layers have in common whose tables go through the same changes."""
         known = [id(self.positions.step(scale, layer)) for scale in range(len(self.schedule))]
-        return hash((*known, self.tokens[:, layer].tobytes(), self.stage[:, layer].tobytes()))
+        return (*known, self.tokens[:, layer].tobytes(), self.stage[:, layer].tobytes())
+
+    def seen_from(self, scale: int, tables: Sequence[BlockTable]) -> Plan:
+        """The same plan, where from that scale on pages are counted for what these tables hold now
+        (rehearsals, which are changed) and not for the rows that were planned.
+        """
+        rows, past = self.rows_by_scale[scale:], self.occupancy
+        later = occupancy_from(tables, scale, rows, self.chunk_rows, self.propose)
+        within, after, start = (
+            np.concatenate([getattr(past, name)[:scale], getattr(later, name)])
+            for name in ("within", "after", "at_start")
+        )
+        return replace(self, seen=Occupancy(within, after, start))
 
     @property
     def start_scale(self) -> int:
@@ -205,13 +227,20 @@ class Plan(Steps):
         """The same generation with other rows. rows_from: {scale: rows from there on}. Raises
         ValueError for bad ones.
         """
-        return replace(self, rows_by_scale=rows_by_scale(len(self.schedule), rows, rows_from))
+        planned = rows_by_scale(len(self.schedule), rows, rows_from)
+        return replace(self, rows_by_scale=planned, seen=None)
 
     def thinned(self, rows: int, scale: int) -> Plan:
         """The same generation with at most so many rows from that scale on, until they are
         repeated.
         """
-        return replace(self, rows_by_scale=fewer_rows(self.rows_by_scale, rows, scale))
+        return replace(self, rows_by_scale=fewer_rows(self.rows_by_scale, rows, scale), seen=None)
+
+    def as_large_for(self, rows: int) -> Plan:
+        """The same generation begun with other rows: as large a share of them goes, each is
+        repeated as often.
+        """
+        return replace(self, rows_by_scale=in_proportion(self.rows_by_scale, rows), seen=None)
 
     def layout(self, pages: PageFormat, page_bytes: int | None = None) -> PageLayout:
         """How pages of one of the formats are read."""

@@ -60,8 +60,8 @@ def make_plan(
 ) -> Plan:
     """The plan of one generation of ``rows`` rows. Allocates no tensor.
 
-    rows_from: {scale: rows from there on}, for samplers that drop rows half way. own: what the
-    model's own cache would hold, where its number formats are others.
+    rows_from: {scale: rows from there on}, for samplers that drop or repeat rows half way. own:
+    what the model's own cache would hold, where its number formats are others.
     page_bytes, plane_bytes: of the pages of a pool that is there already; None: pages as the
     options want them.
     A budget in bytes is solved for the most tokens whose pages, at the peak, take no more, by

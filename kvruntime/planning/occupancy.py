@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from allocator import BlockTable, Change, PageAllocator
 
+SIMULATED = 2**21  # ids of a layer that are gone through, no more
 Counts = NDArray[np.int64]
 Propose = Callable[[BlockTable, int, int, slice], Change]
 """What a step of (scale, layer) makes of these rows of its layer's table."""
@@ -46,23 +47,58 @@ def repeated_occupancy(
     chunk_rows: int,
     propose: Propose,
     heads: int,
-    alike: Sequence[int],
+    alike: Sequence[Hashable],
 ) -> Occupancy:
     """Where rows are repeated: the changes of all block tables, made on an allocator that has no
-    pages to hand out but numbers. alike: layers of the same number go through the same changes.
+    pages to hand out but numbers. alike: layers of the same key go through the same changes. Where
+    that would be more than SIMULATED ids: as if nothing was shared, which is never less.
     O(steps * pages) for each sort of layer.
     """
-    most = rows * np.array(row_pages).max(axis=1, initial=0)
-    found: dict[int, Counts] = {}
+    most = rows * row_pages.max(axis=1, initial=0)
+    if most.max() > SIMULATED:
+        return occupancy(rows, row_pages)
+    found: dict[Hashable, Counts] = {}
     for layer, kind in enumerate(alike):
         if kind not in found:
             table = BlockTable(PageAllocator(max(1, 2 * int(most.max()))), rows[0], heads)
-            held = []
-            for scale, count in enumerate(rows):
-                change = partial(propose, table, scale, layer)
-                held.append(_scale(table, count, chunk_rows, change))
-            found[kind] = np.array(held)
-    start, within, after = np.stack([found[kind] for kind in alike], axis=2).transpose(1, 0, 2)
+            found[kind] = _layer(table, 0, rows, chunk_rows, propose, layer)
+    return _of_layers([found[kind] for kind in alike])
+
+
+def occupancy_from(
+    tables: Sequence[BlockTable],
+    scale: int,
+    rows: Sequence[int],
+    chunk_rows: int,
+    propose: Propose,
+) -> Occupancy:
+    """From that scale on, of tables that hold what was stored before (``BlockTable.rehearsal``),
+    which are changed. rows: of each scale from there on.
+    """
+    layers = [
+        _layer(table, scale, rows, chunk_rows, propose, layer) for layer, table in enumerate(tables)
+    ]
+    return _of_layers(layers)
+
+
+def _layer(
+    table: BlockTable,
+    scale: int,
+    rows: Sequence[int],
+    chunk_rows: int,
+    propose: Propose,
+    layer: int,
+) -> Counts:
+    """Pages of a layer at the start of each scale, within and after it, [scales, 3]."""
+    held = [
+        _scale(table, count, chunk_rows, partial(propose, table, scale + after, layer))
+        for after, count in enumerate(rows)
+    ]
+    return np.array(held).reshape(-1, 3)
+
+
+def _of_layers(layers: Sequence[Counts]) -> Occupancy:
+    start, within, after = np.stack(layers, axis=2).transpose(1, 0, 2)
     return _together(start, within, after)
 
 

@@ -18,13 +18,14 @@ def max_rows(
     reserved: int = 0,
     plan_for: Callable[[int], Plan] | None = None,
 ) -> int:
-    """The most rows of such a generation whose pages and workspace fit in ``memory`` bytes less
-    ``reserved``, up to MAX_ROWS; 0 if none do.
+    """The most rows that such a generation may begin with whose pages and workspace fit in
+    ``memory`` bytes less ``reserved``, up to MAX_ROWS; 0 if none do.
 
     plan_for: the plan of so many rows, where it is not that of other rows with as many tokens: a
     budget in bytes of a generation buys more rows fewer tokens.
     """
-    return _most(plan_for or plan.for_rows, memory - reserved, MAX_ROWS, plan_for is None)
+    looks_ahead = plan_for is None and not plan.branches
+    return _most(plan_for or plan.as_large_for, memory - reserved, MAX_ROWS, looks_ahead)
 
 
 def require(
@@ -36,12 +37,13 @@ def require(
     """Raise WillNeverFit, with what to change, unless this plan fits. plan_for: see max_rows."""
     room = memory - reserved
     if plan.total_bytes > room:
-        fewer = plan_for or (lambda rows: plan.thinned(rows, 0))
-        fits = _most(fewer, room, plan.rows - 1, plan_for is None)
+        looks_ahead = plan_for is None and not plan.branches
+        fits = _most(plan_for or plan.as_large_for, room, plan.rows - 1, looks_ahead)
         advice = (
             f"{fits} of {plan.rows} rows would fit"
             if fits
             else "not one row fits: lower the budget, the resolution or the workspace"
+            + (", or repeat rows less often" if plan.branches else "")
         )
         raise WillNeverFit(plan.total_bytes, room, advice)
 

@@ -166,11 +166,7 @@ class EmojiVAR(nn.Module):
         tokens, 512]. branch: (scale, count): when that scale begins each picture becomes ``count``
         pictures next to each other. Returns pictures [pictures, 3, 64, 64].
         """
-        branch_at, copies = branch or (0, 1)
-        if branch and not (0 < branch_at < len(PATCH_SIDES) and copies > 0):
-            raise ValueError(
-                f"branch is (a scale of 1..{len(PATCH_SIDES) - 1}, a positive count), got {branch}"
-            )
+        branch_at, copies = _checked(branch)
         pictures = labels.shape[0]
         rows = labels
         if cfg:
@@ -183,7 +179,7 @@ class EmojiVAR(nn.Module):
             attention.use_cache(True)
         try:
             for scale in range(len(PATCH_SIDES)):
-                if branch and scale == branch_at:
+                if scale and scale == branch_at:
                     x, embedded, condition, latent = (
                         part.repeat_interleave(copies, 0)
                         for part in (x, embedded, condition, latent)
@@ -252,6 +248,18 @@ class EmojiVAR(nn.Module):
 
         self.draw(labels, follow, cfg)
         return logs
+
+
+def _checked(branch: tuple[int, int] | None) -> tuple[int, int]:
+    """(scale, count), or (0, 1) for none. Raises ValueError."""
+    if branch is None:
+        return 0, 1
+    is_pair = isinstance(branch, tuple) and [type(part) for part in branch] == [int, int]
+    if not is_pair or not (0 < branch[0] < len(PATCH_SIDES) and branch[1] > 0):
+        raise ValueError(
+            f"branch is (a scale of 1..{len(PATCH_SIDES) - 1}, a positive count), got {branch}"
+        )
+    return branch
 
 
 def _with_copies(noises: list[torch.Generator], count: int) -> list[torch.Generator]:

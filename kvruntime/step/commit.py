@@ -17,7 +17,7 @@ from kvruntime.planning.shapes import Kind
 from kvruntime.step.encode import encode
 from kvruntime.step.prepare import Prepared
 from kvruntime.storage.coding import VALUES
-from kvruntime.storage.pages import Pages, write
+from kvruntime.storage.pages import Pages, copy_pages, write
 from kvruntime.storage.pool import Pool
 from kvruntime.storage.transfer import upload
 
@@ -42,7 +42,9 @@ def commit(
         pool.follow()
         old, new = table.commit(change)
         if old.size and step.shape.kind is Kind.SHIFT:  # else their pages are written whole
-            pool.copy_pages(*(part.long() for part in upload(device, [old, new])))
+            gone, replacing = (ids.long() for ids in upload(device, [old, new]))
+            scratch = step.views.base["keys"].view(-1).view(torch.uint8)  # read by now
+            copy_pages((pool.keys, pool.values, pool.planes), gone, replacing, scratch)
         pool.note_use()
     if step.shape.kind is Kind.NOTHING:
         return

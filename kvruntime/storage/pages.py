@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,24 @@ def write(pages: Tensor, slots: Tensor, new: Tensor) -> None:
     """Put new [*slots.shape, width] at these slots of pages [num_pages, page_size, width]."""
     target, source = wide(pages, new)
     flat(target).index_put_((slots,), source)
+
+
+def copy_pages(parts: Iterable[Tensor], old: Tensor, new: Tensor, scratch: Tensor) -> None:
+    """Copy whole pages of these bytes [num_pages, size], so that a shared one can be written,
+    through scratch, bytes [n]. No page is old and new.
+    """
+    for part in parts:
+        size = part.shape[1]
+        width = min(size, scratch.numel())
+        for left in range(0, size, width or 1):
+            columns = part[:, left : left + width]
+            count = scratch.numel() // columns.shape[1]
+            for first in range(0, old.numel(), count):
+                source, target = old[first : first + count], new[first : first + count]
+                held = scratch[: source.numel() * columns.shape[1]].view(source.numel(), -1)
+                those, through = wide(columns, held)
+                torch.index_select(those, 0, source, out=through)
+                those.index_copy_(0, target, through)
 
 
 def flat(pages: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from allocator import BlockTable, OutOfPages, PageAllocator
 from kvruntime.errors import ScheduleError, WillNeverFit
@@ -277,11 +276,6 @@ class Pool:
                     self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._event.record(stream)
                 self._stream = stream
-
-    def copy_pages(self, old: Tensor, new: Tensor) -> None:
-        """Copy whole pages, so that a shared one can be written."""
-        for part in (self.keys, self.values, self.planes):
-            part[new] = part[old]
 
     def check(self) -> None:
         """Assert every invariant. O(num_pages); for tests and idle points."""

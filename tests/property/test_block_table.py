@@ -72,12 +72,29 @@ class TableMachine(RuleBasedStateMachine):
         if data.draw(st.booleans()):
             places = st.lists(st.booleans(), min_size=max(counts), max_size=max(counts))
             written = np.array([data.draw(places) for _ in lengths], dtype=bool)
-        owners = self.owners()
+        owners, writes = self.owners(), Counter()
+
+        def stays(h, place):
+            return not afresh and place < counts[h]
+
+        def is_written(h, place):
+            return written is None or bool(written[h, place : place + 1].any())
+
+        lanes = [(r, h, lane) for r in some for h, lane in enumerate(held.lanes[r])]
+        for _, h, lane in lanes:
+            writes.update(
+                p for place, p in enumerate(lane) if stays(h, place) and is_written(h, place)
+            )
+        served = set()
 
         def goes(r, h, place, page):
-            """Whether the lane gives this page back."""
-            is_written = written is None or bool(written[h, place : place + 1].any())
-            return afresh or place >= counts[h] or (is_written and owners[page] > 1)
+            """Whether the lane gives this page back: the first of all its owners need not."""
+            if not stays(h, place) or not is_written(h, place) or owners[page] == 1:
+                return not stays(h, place)
+            if owners[page] == writes[page] and page not in served:
+                served.add(page)
+                return False
+            return True
 
         stay = {
             (r, h, place): page
@@ -133,7 +150,7 @@ class TableMachine(RuleBasedStateMachine):
                     at = (r, h, place)
                     assert page == stay[at] if at in stay else page not in stay.values()
                 held.lanes[r][h] = mine
-        assert set(old.tolist()) & set(new.tolist()) <= freed, "a page of others is written"
+        assert not set(old.tolist()) & set(new.tolist()), "a page is written before it is copied"
 
     @rule(target=tables, held=tables)
     def share(self, held):

@@ -151,10 +151,6 @@ class AllocatorMachine(RuleBasedStateMachine):
         owners, others = self.model[page], sorted(self.model.keys() - {page})[:2]
         pages = [page, *others, *[page] * (owners - 1 + more)]
         match = f"page {page} is named {owners + more} times and has {owners} owners"
-        if not self.allocator.is_sharing:
-            match = f"page {page} is named twice and has one owner"
-            if len(pages) > self.allocator.num_pages:
-                match = f"{len(pages)} ids for {self.allocator.num_pages} pages: one is named twice"
         self.refused(lambda: self.allocator.release(pages), PageStateError, match)
         self.refused(lambda: self.allocator.exchange(pages, 0), PageStateError, match)
 

@@ -12,7 +12,7 @@ from allocator import BlockTable, OutOfPages
 from kvruntime import Pool
 from kvruntime.errors import WillNeverFit
 from kvruntime.storage.layout import PageLayout
-from kvruntime.storage.pages import write
+from kvruntime.storage.pages import copy_pages, write
 
 DIM, HALF, WEIGHTS = 2, 48, 12  # bytes of a page's K, and of its log weights
 SIZES = (1, 2, 3, 6)  # tokens in a page
@@ -42,8 +42,9 @@ class PoolMachine(stateful.RuleBasedStateMachine):
 
     owners = stateful.Bundle("owners")
 
-    @stateful.initialize(num_pages=st.integers(4, 30))
-    def start(self, num_pages):
+    @stateful.initialize(num_pages=st.integers(4, 30), scratch=st.sampled_from([1, 7, 48, 200]))
+    def start(self, num_pages, scratch):
+        self.scratch = scratch  # bytes
         self.pool = Pool(num_pages=num_pages, page_bytes=2 * HALF, plane_bytes=WEIGHTS)
         for part in (self.pool.keys, self.pool.values, self.pool.planes):
             part.fill_(0xFF)
@@ -74,6 +75,14 @@ class PoolMachine(stateful.RuleBasedStateMachine):
         weights = torch.arange(count, dtype=torch.float32) + self.counter % 1001
         return torch.cat((numbers.view(count, 2 * DIM), weights[:, None]), 1)
 
+    @stateful.rule(owner=owners)
+    def repeat_rows(self, owner):
+        if owner not in self.open_now or len(owner.dense) > 2:
+            return
+        with self.pool.changing():
+            owner.table.repeat_rows(2)
+        owner.dense = [[lane.clone() for lane in row] for row in owner.dense for _ in range(2)]
+
     @stateful.rule(owner=owners, data=st.data(), size=st.sampled_from(SIZES), fails=st.booleans())
     def change(self, owner, data, size, fails):
         """Some rows become longer or shorter, and some of their places are written."""
@@ -103,7 +112,9 @@ class PoolMachine(stateful.RuleBasedStateMachine):
         try:
             with self.pool.changing():
                 old, new = table.commit(proposal)
-                self.pool.copy_pages(*(torch.from_numpy(ids).long() for ids in (old, new)))
+                parts = (self.pool.keys, self.pool.values, self.pool.planes)
+                both = (torch.from_numpy(ids).long() for ids in (old, new))
+                copy_pages(parts, *both, torch.empty(self.scratch, dtype=torch.uint8))
                 if fails and data.draw(st.booleans()):
                     raise Broken
         except (OutOfPages, Broken) as error:  # forks may hold more than they reserved together

@@ -1,21 +1,23 @@
-"""Rows that are repeated, as users meet them: what is refused, attach, admission, the demo."""
+"""Rows that are repeated: what is refused, and what is reserved for those that are left."""
 
-import json
-from dataclasses import replace
+import re
+import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from typer.testing import CliRunner
 
 import kvruntime
-from kvruntime import Admission, Pool, ScheduleError
-from kvruntime.adapters import EMOJI
-from kvruntime.cli import app
-from policies import Allocation, Needs, ScaleKV, Selection, make_policy
+from kvruntime import (
+    CacheGeometry,
+    CacheOptions,
+    PagedKVCache,
+    ScheduleError,
+)
+from kvruntime.planning import max_rows
+from policies import Allocation, Needs, ScaleKV, ScaleSchedule, Selection, make_policy
 from tests.unit.test_rows import SCHEDULE, cache_of, draw, steps
-from tests.waiting import is_empty
 
 
 @pytest.mark.parametrize(
@@ -79,22 +81,129 @@ def test_rows_that_went_unplanned_are_repeated_all_the_same():
         assert generation.stats.peak_pages == generation.stats.planned_pages
 
 
-def test_rows_that_share_less_than_the_first_ones_keep_their_room():
-    """Rows 0 and 3 are of different pictures, rows 0 and 1 of one."""
-    reserved = []
-    for kept in ([0, 1], [0, 3]):
-        with cache_of().open(2, {3: 6}) as generation:
+def half_way(schedule, rows, rows_from, at, **options):
+    """A generation before scale ``at``, its rows repeated or gone as planned."""
+    generation = cache_of(schedule=schedule, **options).open(rows, rows_from)
+    while generation.scale < at:
+        whole_scale(generation)
+    return generation
+
+
+def whole_scale(generation):
+    plan, scale = generation.plan, generation.scale
+    if generation.place.copies > 1:
+        generation.branch(generation.place.copies)
+    elif plan.rows_by_scale[scale] < generation.rows:
+        generation.keep_rows(plan.rows_by_scale[scale])
+    for layer in range(2):
+        generation.attend(layer, *steps(plan.schedule, generation.rows, scale, layer))
+
+
+LONG = ScaleSchedule.of([1, 4, 4, 2, 6, 7])
+
+
+def test_exactly_the_pages_of_the_rows_that_are_left_stay_reserved():
+    """Rows 0 and 1 are of one picture, rows 0 and 3 of two."""
+    found = {}
+    for kept in ((0, 1), (0, 3), (5, 0, 3)):
+        with half_way(LONG, 2, {3: 6}, 4, page_size=2) as generation:
             pool = generation._runner.pool
-            draw(generation, SCHEDULE, [0, 1, 2])
-            generation.branch(3)
-            for layer in range(2):
-                generation.attend(layer, *steps(SCHEDULE, 6, 3, layer))
-            generation.keep_rows(kept)
-            for layer in range(2):
-                assert pool.stats.live_pages <= pool.stats.reserved_pages
-                generation.attend(layer, *steps(SCHEDULE, 2, 4, layer))
-            reserved.append(pool.stats.reserved_pages)
-    assert reserved[0] < reserved[1] == pool.num_pages
+            generation.keep_rows(list(kept))
+            found[kept] = pool.stats.reserved_pages
+            generation.keep_rows(generation.rows)  # all of them: nothing changes
+            assert pool.stats.reserved_pages == found[kept]
+            with generation.fork() if 2 * found[kept] <= pool.num_pages else nullcontext():
+                pass
+            whole_scale(generation)
+            assert pool.stats.live_pages <= found[kept]
+            whole_scale(generation)
+            assert generation.stats.planned_pages == generation.stats.peak_pages
+    assert found[0, 1] < found[0, 3] < found[5, 0, 3]
+
+
+def test_a_fork_of_what_is_left_reserves_what_that_needs():
+    with half_way(LONG, 1, {2: 8, 4: 1}, 4, page_size=2) as generation:
+        generation.keep_rows([3])
+        pool = generation._runner.pool
+        needed = pool.stats.reserved_pages
+        with generation.fork() as twin:
+            assert pool.stats.reserved_pages == 2 * needed
+            for one in (generation, twin):
+                whole_scale(one)
+                whole_scale(one)
+            assert pool.stats.live_pages == 0
+
+
+def test_a_planned_drop_is_of_rows_that_share_as_much():
+    """The best of each picture shares less than the first rows: refused, and nothing has changed.
+    Where the drop was not planned there is room for it.
+    """
+    with half_way(LONG, 3, {3: 9, 4: 3}, 4, page_size=2) as generation:
+        before = generation.stats
+        with pytest.raises(ValueError, match=r"share too little: they need \d+ pages, \d+ are"):
+            generation.keep_rows([0, 3, 6])
+        assert generation.rows == 9 and generation.stats == before
+        generation.keep_rows([2, 0, 1])
+        whole_scale(generation)
+        whole_scale(generation)
+    with half_way(LONG, 3, {3: 9}, 4, page_size=2) as generation:
+        generation.keep_rows([0, 3, 6])
+        whole_scale(generation)
+        whole_scale(generation)
+
+
+def test_an_order_that_frees_pages_too_late_is_refused():
+    """Rows that go through one at a time keep a shared page until the last of them is through."""
+    schedule = ScaleSchedule.of([1, 7, 1, 1, 1, 1])
+    options = CacheOptions("full", 1.0, page_size=16, kv_dtype="int8", kv_start=3, workspace=1)
+    geometry = CacheGeometry(1, 1, 32, "float32", "float32")
+
+    def draw_in(order):
+        cache = PagedKVCache(geometry, schedule, options, softmax_scale=0.25)
+        with cache.open(2, {2: 6}) as generation:
+            for scale in range(6):
+                if scale == 2:
+                    generation.branch(3)
+                if scale == 3:
+                    generation.keep_rows(order)
+                rows = torch.randn(3, generation.rows, schedule.tokens[scale], 1, 32)
+                generation.attend(0, *rows)
+            assert generation.stats.peak_pages == generation.stats.planned_pages
+            return generation.stats.peak_pages
+
+    assert draw_in([0, 1, 2, 3, 4, 5]) == 36
+    with pytest.raises(ValueError, match="they need 42 pages, 36 are planned"):
+        draw_in([0, 3, 1, 4, 2, 5])
+    assert draw_in([0, 3, 1, 4]) <= 36
+
+
+def test_rows_in_proportion():
+    plan = cache_of().plan(2, {1: 6, 3: 3})
+    assert plan.as_large_for(4).rows_by_scale == (4, 12, 12, 6, 6)
+    assert plan.as_large_for(1).rows_by_scale == (1, 3, 3, 2, 2), "rounded up"
+    most = max_rows(plan, plan.total_bytes)
+    assert most == 2 and plan.as_large_for(3).total_bytes > plan.total_bytes
+
+
+def test_far_too_many_copies_are_refused_at_once():
+    cache = cache_of(memory="1MiB")
+    began = time.monotonic()
+    with pytest.raises(kvruntime.WillNeverFit, match="repeat rows less often"):
+        cache.open(1, {2: 2**30})
+    assert time.monotonic() - began < 5
+    for rows in (2, 40, 3000):
+        bound, exact = cache_of().plan(1, {2: rows}), cache_of().plan(rows)
+        assert bound.peak_pages <= exact.peak_pages
+
+
+def test_bytes_of_a_generation_that_branches():
+    """The advice counts the copies as well."""
+    cache = cache_of("streaming_llm", "12KiB", memory="24KiB", page_size=1)
+    with pytest.raises(kvruntime.WillNeverFit) as caught:
+        cache.open(6, {2: 24})
+    found = re.search(r"(\d+) of 6 rows would fit", str(caught.value))
+    if found:
+        cache.open(int(found[1]), {2: 4 * int(found[1])}).close()
 
 
 class Ends:
@@ -138,99 +247,3 @@ def test_too_little_memory_says_how_many_rows_would_fit():
     plan = cache_of().plan(4, {3: 12})
     with pytest.raises(kvruntime.WillNeverFit, match="2 of 4 rows would fit"):
         kvruntime.planning.require(plan, room)
-
-
-@pytest.mark.parametrize("policy", ["full", "scalekv", "centroid"])
-def test_the_first_variation_is_the_picture_itself(tiny_model, policy):
-    labels = torch.tensor([0, 2])
-    own = tiny_model.generate_codes(labels, 5, branch=(4, 3))[1]
-    assert torch.equal(own[::3], tiny_model.generate(labels, 5))
-    with kvruntime.attach(tiny_model, policy, 1.0, page_size=4) as attached:
-        alone = tiny_model.generate(labels, 5)
-        drawn = tiny_model.generate_codes(labels, 5, branch=(4, 3))[1]
-        assert torch.allclose(drawn[::3], alone, atol=1e-5)
-        assert not torch.equal(drawn[1], drawn[0]) and not torch.equal(drawn[2], drawn[1])
-        if policy == "full":
-            assert torch.equal(drawn, own)
-            plan, apart = attached.plan(2, branch=(4, 3)), attached.plan(6)
-            assert attached.stats.peak_pages == plan.peak_pages < apart.peak_pages
-        with pytest.raises(ValueError, match=r"branch is \(a scale of 1..9"):
-            tiny_model.generate_codes(labels, 5, branch=(10, 3))
-
-
-def test_a_sampler_whose_arguments_do_not_tell(tiny_model):
-    """Attachment.branch says it for the next generation."""
-    labels = torch.tensor([0, 2])
-    silent = replace(EMOJI, rows=lambda model, call, rows: {})
-    own = tiny_model.generate_codes(labels, 5, branch=(4, 3))[1]
-    with kvruntime.attach(tiny_model, "full", 1.0, embedding=silent, page_size=4) as attached:
-        attached.branch(4, 3)
-        plan = attached.plan(2)
-        drawn = tiny_model.generate_codes(labels, 5, branch=(4, 3))[1]
-        assert torch.equal(drawn, own) and attached.stats.planned_pages == plan.peak_pages
-        with pytest.raises(kvruntime.EmbeddingError, match="planned with 4 rows, the model came"):
-            tiny_model.generate_codes(labels, 5, branch=(4, 3))
-        attached.branch(4, 3)
-        with pytest.raises(IndexError):
-            tiny_model.generate(torch.tensor([10**6]))
-        tiny_model.generate(labels)  # what was said went with the call that failed
-        with pytest.raises(ValueError, match="at_scale must be a positive integer"):
-            attached.branch(0, 3)
-        attached.branch(10, 3)
-        with pytest.raises(ValueError, match=r"branch\(\) at scale 10: it goes at one of 1..9"):
-            tiny_model.generate(labels)
-
-
-def test_guidance_rows_that_go_later_are_as_many_times_fewer():
-    """rows(model, call, rows) counts what would be left without a branch."""
-    from kvruntime.adapters.caches import Caches
-    from kvruntime.adapters.serving import Serving
-    from kvruntime.reference.transformer import EmojiVAR
-
-    view = kvruntime.adapters.view_of(
-        EmojiVAR(3, width=32, depth=2, num_heads=2),
-        replace(EMOJI, rows=lambda model, call, rows: {2: rows, 6: rows // 2}),
-    )
-    serving = Serving(view, Caches(view, kvruntime.CacheOptions(), None, None, None, None))
-    serving.branch = 4, 3
-    schedule = view.schedule({})
-    assert serving.rows_from({}, schedule, 8) == {2: 8, 4: 24, 6: 12}
-
-
-def test_a_branched_generation_waits_its_turn(tiny_model):
-    labels = torch.tensor([0, 2])
-    with kvruntime.attach(tiny_model, "full", 1.0, page_size=4) as attached:
-        plan = attached.plan(2, branch=(4, 3))
-        wanted = tiny_model.generate_codes(labels, 5, branch=(4, 3))[1]
-    admission = Admission(Pool(num_pages=plan.peak_pages, page_bytes=plan.bytes_per_page))
-    with kvruntime.attach(tiny_model, "full", 1.0, page_size=4, admission=admission) as attached:
-        for _ in range(2):
-            drawn = tiny_model.generate_codes(labels, 5, branch=(4, 3))[1]
-            assert torch.equal(drawn, wanted)
-            assert attached.stats.peak_pages == admission.pool.num_pages
-    assert is_empty(admission)
-
-
-def test_vary_writes_a_row_for_each_picture(tmp_path):
-    out = tmp_path / "vary.png"
-    call = ["vary", "--from-scale", "6", "--count", "2", "--pictures", "2", "--out", str(out)]
-    result = CliRunner().invoke(app, [*call, "--json"])
-    assert result.exit_code == 0, result.stderr
-    figures = json.loads(result.stdout)
-    assert figures["planned_pages"] == figures["peak_pages"] < 0.9 * figures["apart_pages"]
-    assert figures["shared_pages"] < figures["planned_pages"]
-    pixels = np.asarray(Image.open(out))
-    assert pixels.shape == (256, 256, 3)
-    row = pixels.reshape(2, 128, 2, 128, 3).swapaxes(1, 2)
-    assert (row[:, 0] != row[:, 1]).any() and (row[0] != row[1]).any()
-    result = CliRunner().invoke(app, [*call, "--pictures", "1"])
-    half = figures["planned_pages"] // 2
-    assert f"{half} planned, {half} used" in result.stdout
-    assert f"wrote {out}" in result.stdout
-    for bad, says in (
-        (["--from-scale", "10"], "from-scale must be in 1..9, got 10"),
-        (["--count", "0"], "count must be a positive integer"),
-        (["--out", str(tmp_path)], "is a folder"),
-    ):
-        result = CliRunner().invoke(app, [*call, *bad])
-        assert result.exit_code == 2 and says in result.stderr

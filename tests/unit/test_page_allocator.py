@@ -123,9 +123,9 @@ def test_rebuild_believes_the_owners():
 def test_more_ids_than_pages():
     allocator = PageAllocator(2)
     allocator.allocate(2)
-    with pytest.raises(PageStateError, match="3 ids for 2 pages: one is named twice"):
+    with pytest.raises(PageStateError, match="page 1 is named 2 times and has 1 owners"):
         allocator.release([0, 1, 1])
-    with pytest.raises(PageStateError, match="page 1 is named twice and has one owner"):
+    with pytest.raises(PageStateError, match="page 1 is named 2 times and has 1 owners"):
         allocator.release([1, 1])
     allocator.check()
     assert allocator.references([0, 1]).tolist() == [1, 1]

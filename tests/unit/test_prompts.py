@@ -24,6 +24,9 @@ SETTINGS = Settings(
         ("p.txt", "a red cat\n\n  the moon \n"),
         ("p.prompts", "a red cat\r\nthe moon"),
         ("p.json", '["a red cat", " the moon "]'),
+        ("p.JSON", '\ufeff["a red cat", "the moon"]'),
+        ("p.txt", "\ufeffa red cat\nthe moon"),
+        ("p.jsonl", '{"prompt": "a red cat"}\n\n"the moon"\n'),
         ("p.json", '[{"prompt": "a red cat", "seed": 7}, "the moon"]'),
     ],
 )
@@ -52,9 +55,14 @@ def test_files_that_are_something_else(tmp_path, name, content, says):
         read_prompts(tmp_path / name)
 
 
+def test_a_line_ends_where_lines_end(tmp_path):
+    (tmp_path / "p.txt").write_text("a\u2028b\x0bc\x85d\ne")
+    assert read_prompts(tmp_path / "p.txt") == ["a\u2028b\x0bc\x85d", "e"]
+
+
 def test_classes_by_number_or_name():
     assert class_numbers(["2", "hat", "0"], 3, ("cap", "hat", "2nd")).tolist() == [2, 1, 0]
-    for bad in ("3", "-1", "Hat", "²", "1.0"):
+    for bad in ("3", "-1", "Hat", "²", "1.0", "9" * 5000):
         with pytest.raises(ValueError, match=r"is no class: a number of 0..2 or one of cap, hat"):
             class_numbers(["0", bad], 3, ("cap", "hat", "2nd"))
 

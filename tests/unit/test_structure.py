@@ -34,7 +34,8 @@ FLOORS = [  # of kvruntime, from the ground up: a module imports only from floor
     "generation",
     "telemetry",
     "cache origin adapters.embedding adapters.recognition",
-    "adapters.interception adapters.caches adapters.emoji adapters.var adapters.infinity",
+    "adapters.interception adapters.locks adapters.caches adapters.emoji adapters.var "
+    "adapters.infinity",
     "adapters.serving",
     "adapters.patching",
     "adapters.attachment",
