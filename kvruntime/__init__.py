@@ -43,7 +43,7 @@ from kvruntime.storage.pool import Pool, PoolStats
 from kvruntime.telemetry import Snapshot, snapshot
 from policies import Allocation, CacheGeometry, Policy, ScaleSchedule, Selection
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Admission",
