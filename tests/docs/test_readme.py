@@ -31,8 +31,9 @@ def commands():
     return sorted({*re.findall(r"^kvruntime (.+)$", README + MEASURED, re.M)})
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", [one for one in commands() if one != "doctor"])
 def test_the_commands_run(command):
+    """But for doctor, which tests/unit/test_cli.py runs: it compiles a kernel."""
     result = CliRunner().invoke(app, shlex.split(command))
     assert result.exit_code == 0, result.stderr
     assert result.stdout

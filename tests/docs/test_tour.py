@@ -49,5 +49,5 @@ def test_the_table_of_a_card_is_what_the_planner_says():
     alone = reserve_of(model, with_text_encoder=False)
     more = compare_ways(model, card.num_bytes - alone.fixed, alone.running)
     gained = [with_none.pictures - way.pictures for way, with_none in zip(ways, more, strict=True)]
-    (said,) = re.findall(r"`--no-text-encoder` gains (two|three|four) pictures", TOUR)
+    (said,) = re.findall(r"`--no-text-encoder`\) gains (two|three|four) pictures", TOUR)
     assert gained[4] == {"two": 2, "three": 3, "four": 4}[said]

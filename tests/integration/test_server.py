@@ -54,7 +54,7 @@ def figures(address):
 
 
 @pytest.mark.parametrize(
-    ("clients", "requests"), [(8, 24), pytest.param(16, 200, marks=pytest.mark.full)]
+    ("clients", "requests"), [(6, 18), pytest.param(16, 200, marks=pytest.mark.full)]
 )
 def test_every_client_is_answered_and_nothing_is_left(served, clients, requests):
     address, app = served

@@ -14,6 +14,7 @@ from kvruntime.storage.layout import RecordFormat
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.full
 def test_every_part_runs(xformers):
     from kvruntime.attention.operators import TILES
 

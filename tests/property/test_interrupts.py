@@ -48,10 +48,20 @@ def draw(case, cache, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("name", "stride"), [("choose", 1), ("shift", 5), ("hand-over", 5), ("fold", 5)]
+    ("name", "stride"),
+    [
+        ("choose", 3),
+        ("shift", 7),
+        ("hand-over", 7),
+        ("fold", 9),
+        *(
+            pytest.param(name, 1, marks=pytest.mark.full)
+            for name in ("choose", "shift", "hand-over", "fold")
+        ),
+    ],
 )
 def test_an_interrupt_at_any_line_harms_nobody_else(name, stride):
-    """Every line, or every fifth of them, of one generation after another on the same pool, until
+    """Every line, or some of them, of one generation after another on the same pool, until
     one is not reached.
     """
     case, pool = SMALL[name](), pool_of(40)

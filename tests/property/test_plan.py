@@ -95,6 +95,7 @@ def test_totals_are_the_walk_over_all_events(plan):
         assert not plan.quantised.any()
 
 
+@settings(max_examples=50)
 @given(plan=plans(), memory=st.integers(0, 1_000_000), reserved=st.integers(0, 1000))
 def test_n_rows_fit_and_one_more_raises(plan, memory, reserved):
     assume(plan.schedule.history and plan.total_bytes)  # a policy may keep nothing at all

@@ -31,8 +31,19 @@ def made_with(model, options, budget, page_size, rows=2):
         return None
 
 
-@pytest.mark.parametrize("policy", ["scalekv", "centroid", "streaming_llm", "ams_kv"])
-@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+@pytest.mark.parametrize(
+    ("policy", "kv_dtype"),
+    [
+        ("scalekv", "int4"),
+        ("centroid", "int4"),
+        ("ams_kv", None),
+        pytest.param("scalekv", None, marks=pytest.mark.full),
+        pytest.param("centroid", None, marks=pytest.mark.full),
+        pytest.param("ams_kv", "int4", marks=pytest.mark.full),
+        pytest.param("streaming_llm", None, marks=pytest.mark.full),
+        pytest.param("streaming_llm", "int4", marks=pytest.mark.full),
+    ],
+)
 def test_most_tokens_by_brute_force(policy, kv_dtype):
     """Every token count is tried in pages of 16; then a few more tokens in pages of every size."""
     model = find_model("emoji64")

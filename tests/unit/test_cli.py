@@ -216,7 +216,7 @@ def test_demo_into_a_folder_that_is_in_the_way(tmp_path):
     assert result.exit_code == 2 and "file" in result.stderr
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.full)])
 def test_a_closed_or_full_stdout_is_one_line_on_stderr(unbuffered):
     """Also where Python writes only when the command is done."""
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}

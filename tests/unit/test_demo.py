@@ -112,6 +112,7 @@ def test_demo_of_all_formats(tmp_path):
     check_formats(report)
 
 
+@pytest.mark.full
 def test_demo_at_a_budget_in_bytes(tmp_path, few_formats):
     """full stays what the others are compared with; they keep to the bytes."""
     report = everything(tmp_path, "--count", "1", "--budget", "10%")

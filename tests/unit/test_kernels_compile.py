@@ -21,6 +21,16 @@ def compiled():
         return dict(zip(CAPABILITIES, both, strict=True))
 
 
+def test_the_first_variant_compiles():
+    """For every capability in one process; the others with ``make test-full``."""
+    pytest.importorskip("xformers", reason="NOT RUN: xformers is not installed")
+    kernels, error = compile_in_a_process(list(CAPABILITIES), first_only=True)
+    assert not error
+    assert {kernel["capability"] for kernel in kernels} == set(CAPABILITIES)
+    assert all(kernel["cubin_bytes"] > 10_000 for kernel in kernels)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_variant_compiles(compiled, capability):
     kernels, error = compiled[capability]
@@ -38,6 +48,7 @@ def test_every_variant_compiles(compiled, capability):
     assert names.count("_splitK_reduce") >= len(VARIANTS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_variant_compiles_with_log_weights(compiled, capability):
     """Another kernel than without: the moved lines are in it."""
