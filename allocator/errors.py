@@ -16,7 +16,7 @@ class KVRuntimeError(Exception):
 
 
 class OutOfPages(KVRuntimeError):
-    """More pages asked than are free; nothing was taken."""
+    """More pages were requested than are free now, of total; nothing was taken."""
 
     def __init__(self, requested: int, free: int, total: int) -> None:
         super().__init__(
@@ -27,4 +27,4 @@ class OutOfPages(KVRuntimeError):
 
 
 class PageStateError(KVRuntimeError):
-    """A call names pages it may not; nothing was changed."""
+    """A page that a call names is foreign, free or named too often; nothing was changed."""

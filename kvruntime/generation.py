@@ -176,18 +176,18 @@ class Generation:
 
     def fork(self) -> Generation:
         """A second generation that goes on from here by itself; pages are shared until one of the
-        two writes them.
-
-        Only between scales. It needs as many pages as this one at most: raises OutOfPages where
-        the pool has not that many to promise. Give it a pool with room: ``PagedKVCache(pool=...)``.
+        two writes them. Only between scales. It reserves as many pages as this one from here on:
+        raises OutOfPages where the pool, ``PagedKVCache(pool=...)``, has not that many to promise.
         """
         self._check_boundary("fork")
         assert self._runner is not None
-        runner, ticket = self._runner, None if self._ticket is None else self._ticket.fork()
-        shared = (self._workspaces, self._facts, self._on_close)
-        twin = Generation(runner, *shared, ticket, self._scale)
+        ticket = None if self._ticket is None else self._ticket.fork()
+        shared = (self._runner, self._workspaces, self._facts, self._on_close)
+        twin = Generation(*shared, ticket, self._scale)
         try:
-            with runner.pool.changing():  # which knows the twin's tables, should this end half way
+            with (
+                self._runner.pool.changing()
+            ):  # it knows the twin's tables, should this end half way
                 for index, table in enumerate(self._tables):
                     twin._tables[index] = table.share()
             twin._tally = self._tally.forked()
@@ -198,10 +198,9 @@ class Generation:
         return twin
 
     def branch(self, count: int) -> None:
-        """Go on with ``count`` rows for each one, next to each other as ``repeat_interleave`` has
-        them, which share its pages until one writes. Only between scales, where it is planned:
-        ``open(rows, {scale: count * rows})``. Raises ScheduleError, ValueError for another count.
-        """
+        """Go on with ``count`` rows for each, next to each other as ``repeat_interleave`` has them,
+        which share pages until one writes. Only where it is planned: ``open(rows, {scale: count *
+        rows})``. Raises ScheduleError, and ValueError for another count."""
         self._check_boundary("branch")
         check_branch(self.place, count)
         assert self._runner is not None
@@ -262,7 +261,8 @@ class Generation:
             )
 
     def close(self) -> None:
-        """End the generation and give back every page. Twice is allowed; never from an observer."""
+        """End the generation and give back every page; twice is allowed. Raises ScheduleError in a
+        step, where an observer is."""
         if self._step is not None:
             raise ScheduleError("close() while a step runs: raise an exception instead")
         self._end()

@@ -123,8 +123,8 @@ class CacheOptions:
         return isinstance(self.budget, str) and parse_share(self.budget) is None
 
     def coding_for(self, geometry: CacheGeometry) -> Coding | None:
-        """What pages of this model are coded with; None where they are not. Raises ValueError
-        where that is missing, or of another model.
+        """What pages of a model of this geometry are coded with; None where they are not. Raises
+        ValueError where that is missing, or of another model.
         """
         if not isinstance(self.records, CodedFormat):
             return None

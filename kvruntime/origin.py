@@ -29,9 +29,9 @@ class Provenance:
 
 
 def provenance(generation: Generation, layer: int) -> Provenance:
-    """What ``layer`` holds now and where it comes from. O(tokens of the layer); waits for the
-    device. Raises ValueError unless the cache was made with ``CacheOptions(provenance=True)``, and
-    for a layer that is not there.
+    """What ``layer`` of an open generation holds now and where it comes from. O(tokens of the
+    layer); waits for the device. Raises ValueError unless the cache was made with
+    ``CacheOptions(provenance=True)``, and for a layer that is not there.
     """
     plan, runner = generation.plan, generation._runner
     if not set(ORIGIN) <= set(plan.planes):

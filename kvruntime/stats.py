@@ -21,16 +21,19 @@ class ScaleRecord:
 class Stats:
     """Figures of one generation. Bytes are of the whole generation.
 
-    live_pages: its own now, those included that a fork shares. token_bytes <= page_bytes: what the
-        policy keeps after a scale, and the pages that hold it at the peak, planes (plane_bytes:
-        log weights and others) included; where rows share pages the former counts each row's.
-    planned_pages == peak_pages at the end; where rows went that were not planned to, the former
-        counts them until they did. rows: those that are left.
+    policy, budget_tokens: what decides, and tokens that a lane keeps at most. profile: where roles
+        of layers come from. page_size: tokens in a page. rows: those that are left.
+    live_pages: its own now, those included that a fork shares. planned_pages == peak_pages at the
+        end; where rows went that were not planned to, the former counts them until they did.
+    token_bytes <= page_bytes: what the policy keeps after a scale, and the pages that hold it at
+        the peak, planes (plane_bytes: log weights and others) included; where rows share pages the
+        former counts each row's. workspace_bytes: what a step works in at most.
     baseline_bytes: the model's own cache, all scales, without the copy that torch.cat makes;
         history_bytes: the same before the last scale.
-    backend_reason: why it is this back end. page_steps, gather_steps: layers whose attention read
-        the pages themselves, and a gathered copy, one for each chunk of rows.
+    backend, backend_reason: who computes attention, and why. page_steps, gather_steps: layers whose
+        attention read the pages themselves, and a gathered copy, one for each chunk of rows.
     kv_dtype, kv_groups: of the pages from scale kv_start on; None if all are exact.
+    timeline: live pages and kept tokens after each scale.
     events: pages live after each step, layer by layer within a scale; at the end one of each step.
     """
 

@@ -50,8 +50,9 @@ class DriverMemory:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A pool at one moment. generations: the open ones. admission: None where there is none;
-    torch, driver: None on a CPU, and where NVML does not answer.
+    """A pool at one moment, all bytes. device: that it is on. generations: the open ones. host: of
+    this process and machine. admission: None where there is none; torch, driver: None on a CPU, and
+    where NVML does not answer.
     """
 
     device: str
@@ -68,8 +69,9 @@ class Snapshot:
 
 
 def snapshot(source: Pool | Admission) -> Snapshot:
-    """The pool, or that of the admission, now. Some 0.1 ms, on CUDA a few more; from any thread,
-    also while others draw: each figure is right by itself.
+    """The pool that is the source, or that of the admission that is, now. Some 0.1 ms, on CUDA a
+    few more; from any thread, also while others draw: each figure is right by itself. Raises
+    ValueError for another source.
     """
     admission = source if isinstance(source, Admission) else None
     pool = source.pool if isinstance(source, Admission) else source

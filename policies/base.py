@@ -206,11 +206,15 @@ class Policy(Protocol):
     def needs(self) -> Needs: ...
 
     def allocate(self, problem: Problem) -> Allocation:
-        """Tokens of every lane. Raises ValueError for a budget that cannot be met."""
+        """Tokens of every lane, for this problem: geometry, schedule, budget. Raises ValueError for
+        a budget that cannot be met.
+        """
         ...
 
     def scratch(self, sizes: StepSizes) -> list[Region]:
-        """What ``select`` works in, so that the plan counts it; [] for token numbers alone."""
+        """What ``select`` works in at a step of these sizes, so that the plan counts it; [] for
+        token numbers alone.
+        """
         ...
 
     def select(self, candidates: Candidates) -> Selection:

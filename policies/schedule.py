@@ -18,7 +18,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class ScaleSchedule:
-    """The scales of a generation, coarse to fine: (h, w), or (t, h, w) for video, each in tokens.
+    """The scales of a generation, coarse to fine. sizes: (h, w), or (t, h, w) for video, in tokens.
+    Raises ValueError for anything else.
 
     Tokens are numbered through the whole generation, scale by scale, row by row.
     """
@@ -38,7 +39,9 @@ class ScaleSchedule:
 
     @classmethod
     def of(cls, sizes: Iterable[Any]) -> ScaleSchedule:
-        """From sides of square scales, (h, w) pairs or (t, h, w) triples, or a mixture."""
+        """From sizes that are sides of square scales, (h, w) pairs or (t, h, w) triples, or a
+        mixture. Raises ValueError for others.
+        """
         plain = []
         for size in sizes:
             try:
@@ -93,7 +96,10 @@ class ScaleSchedule:
 
 @dataclass(frozen=True, slots=True)
 class CacheGeometry:
-    """Shape and number formats of a model's K and V. ``heads`` are key-value heads."""
+    """Shape and number formats of a model's K and V: so many layers of key-value heads, each of
+    head_dim numbers. key_dtype, value_dtype: float32, bfloat16 or float16. Raises ValueError for
+    others.
+    """
 
     layers: int
     heads: int

@@ -125,7 +125,7 @@ def _attached(view: View, caches: Caches, shadow: Shadow | None) -> Iterator[Att
 def check(model: Any, draw: Callable[[], object], embedding: Embedding | None = None) -> Parity:
     """Whether policy ``full`` computes what the model's own cache does: at every step of
     ``draw()``, which calls the model's sampler, on the very same input. The model draws its own
-    picture.
+    picture. embedding: as ``attach`` takes it.
 
     Exact in float32 on a CPU; elsewhere kernels may round differently (adapters.parity.TOLERANCE).
     Costs the memory of the model's own cache and of ``full``, and twice the attention.

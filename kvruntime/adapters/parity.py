@@ -26,7 +26,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 class Parity:
     """How far policy ``full`` is from the model's own cache.
 
-    steps: layers that were compared, over all scales. max_error: largest difference of what an
+    steps: layers that were compared, over so many scales. dtype: that the model computed in.
+    max_error: largest difference of what an
     attention module returned, as a share of its largest number; 0 where all bits are the same.
     """
 

@@ -106,15 +106,17 @@ class Admission:
         return ticket
 
     async def acquire(self, plan: Plan) -> Ticket:
-        """``submit``, and wait until it may start, without a thread. Cancelling the task gives the
-        place up. Hand the ticket to ``PagedKVCache.open(rows, ticket=)`` or ``Attachment.use``.
+        """``submit`` for this plan, and wait until it may start, without a thread. Cancelling the
+        task gives the place up. Hand the ticket to ``PagedKVCache.open(rows, ticket=)`` or
+        ``Attachment.use``.
         """
         ticket = self.submit(plan)
         await ticket.started()
         return ticket
 
     def open(self, plan: Plan) -> Ticket:
-        """A ticket for a generation that this thread draws from now on; waits until it may start.
+        """A ticket for a generation of this plan that this thread draws from now on; waits until it
+        may start.
 
         A thread that draws one already would wait for itself: its second one holds its peak from
         the beginning and never waits. Raises WillNeverFit, QueueFull, and OutOfPages where those

@@ -43,7 +43,7 @@ class Ticket:
         return self._is_cancelled
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until it may start, or go on. Raises Cancelled; TimeoutError after so many seconds,
+        """Until it may start, or go on. Raises Cancelled; TimeoutError after ``timeout`` seconds,
         giving up nothing; ScheduleError where it would wait for a generation that this thread
         draws.
         """

@@ -25,7 +25,8 @@ def plan(
     reserved: int = 0,
     **options: Any,
 ) -> Plan:
-    """What ``batch`` pictures of a catalogue model need. Needs no weights and no GPU.
+    """What ``batch`` pictures of a catalogue model need with this policy. Needs no weights and no
+    GPU. Raises ValueError for what cannot be planned.
 
     budget: a fraction of the history, a token count, "2%" of the bytes of the model's own history,
     or "512MiB". options: profile, page_size, kv_dtype, kv_groups, kv_start, workspace, as in

@@ -26,8 +26,8 @@ from policies import TORCH_DTYPES
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """live_pages + free_pages == num_pages; peak_pages: most that were live at once since the pool
-    was last empty.
+    """live_pages + free_pages == num_pages, of pool_bytes together; reserved_pages: that open
+    generations may own at most; peak_pages: most that were live at once since the pool was empty.
     """
 
     num_pages: int
@@ -189,7 +189,8 @@ class Pool:
         self._is_changing = False
 
     def claim(self, claimant: Claimant) -> None:
-        """It decides from now on who may hold how much. Raises ScheduleError for a pool in use."""
+        """The claimant decides from now on who may hold how much. Raises ScheduleError for a pool
+        in use."""
         with self.changing():
             if self._tables or self._claimant is not None:
                 raise ScheduleError("the pool is in use: give Admission a pool of its own")
@@ -205,7 +206,8 @@ class Pool:
         """Let ``owner`` hold up to ``pages`` pages in ``tables``, until it is dismissed or gone.
         A claimant, which has promised them, asks for 0.
 
-        Raises WillNeverFit, or OutOfPages if others' reservations leave too few.
+        Raises WillNeverFit, OutOfPages if others' reservations leave too few, and ScheduleError
+        without the claimant where there is one.
         """
         with self.changing():
             if claimant is not self._claimant:
