@@ -97,7 +97,7 @@ def test_h22_a_number_of_400_digits(option, digits):
     assert len(result.stderr) < 300
 
 
-@pytest.mark.parametrize("as_json", ["", "--json"])
+@pytest.mark.parametrize("as_json", ["--json", pytest.param("", marks=pytest.mark.full)])
 @pytest.mark.parametrize("target", [">&-", "> /dev/full"])
 def test_h22_standard_output_is_closed_or_full(as_json, target):
     assert_one_line(shell(f"kvruntime plan var-d16 {as_json} {target}"))

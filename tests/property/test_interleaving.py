@@ -231,7 +231,7 @@ class PoolOfGenerations(RuleBasedStateMachine):
             self.pool.check()
 
 
-PoolOfGenerations.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+PoolOfGenerations.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestPoolOfGenerations = PoolOfGenerations.TestCase
 
 

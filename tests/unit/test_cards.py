@@ -142,7 +142,7 @@ def test_options_of_a_room():
 
 def test_the_comparison_as_table_json_and_picture(tmp_path):
     out = tmp_path / "ways.png"
-    done = run("var-d30", "--card", "4090", "--compare", "--plot", str(out))
+    done = run("infinity-125m", "--card", "4090", "--compare", "--plot", str(out))
     assert done.exit_code == 0 and out.read_bytes()[:4] == b"\x89PNG"
     for name in ("own cache", *(way[0] for way in WAYS)):
         assert name in done.stdout

@@ -124,6 +124,7 @@ def test_demo_at_a_budget_in_bytes(tmp_path, few_formats):
         assert runs[name]["planned_pages"] == runs[name]["peak_pages"]
 
 
+@pytest.mark.full
 def test_demo_of_quantised_pages(tmp_path, few_formats):
     """As a table for people; the file has the same figures."""
     pages = ("--kv-dtype", "int4", "--kv-groups", "2", "--kv-start", "3")
@@ -162,6 +163,10 @@ def test_the_demo_in_short(tmp_path):
     table = lines[rule + 1 : lines.index(next(line for line in lines if line.startswith("wrote")))]
     assert len(table) == 6
     assert in_units(record.bytes.own) in table[0] and in_units(record.bytes.pages) in table[0]
+
+
+@pytest.mark.full
+def test_the_demo_in_short_as_json(tmp_path):
     again = run("demo", "--count", "1", "--out", str(tmp_path), "--json")
     report = json.loads(again.stdout)
     assert list(report["runs"]) == ["scalekv", "centroid"] and report["count"] == 1

@@ -113,7 +113,12 @@ print(loaded.vae.weight.tolist(), loaded.model.weight.tolist(), loaded.model.ini
         pytest.param("from timm.loss import SoftTargetCrossEntropy", True, "", marks=FULL),
         pytest.param("from torchvision import transforms", True, "", marks=FULL),
         pytest.param("from huggingface_hub import PyTorchModelHubMixin", True, "", marks=FULL),
-        ("import flash_attn.ops.layer_norm", True, "imports flash_attn, which is not installed"),
+        pytest.param(
+            "import flash_attn.ops.layer_norm",
+            True,
+            "imports flash_attn, which is not installed",
+            marks=FULL,
+        ),
     ],
 )
 def test_what_its_code_imports_and_is_not_installed(checkout, tmp_path, imports, stand_ins, says):
