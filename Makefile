@@ -14,10 +14,10 @@ demo: .venv/runs ## draw with the bundled model, write demo/
 	@$(BIN)/kvruntime demo --out demo
 
 test: lint ## what CI runs
-	$(WORKERS) $(BIN)/python -m pytest -m "not full" -n 2
+	$(WORKERS) $(BIN)/python -m pytest -m "not full" -n 2 --dist worksteal
 
 test-full: lint ## the slow tests as well
-	$(WORKERS) $(BIN)/python -m pytest -m "" -n 2
+	$(WORKERS) $(BIN)/python -m pytest -m "" -n 2 --dist worksteal
 
 lint: .venv/installed ## ruff and mypy --strict
 	$(BIN)/ruff check .

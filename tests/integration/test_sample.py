@@ -33,9 +33,9 @@ def start(*arguments):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Fourteen pictures, drawn by one process."""
+    """Ten pictures, drawn by one process."""
     out = tmp_path_factory.mktemp("alone")
-    sample(build("emoji64"), SETTINGS, 14, out)
+    sample(build("emoji64"), SETTINGS, 10, out)
     return out
 
 
@@ -45,7 +45,7 @@ def pictures(out):
 
 
 def test_a_rank_that_is_killed_and_started_again(tmp_path, alone):
-    running = start(tmp_path, 14, 2)
+    running = start(tmp_path, 10, 2)
     until = time.monotonic() + 120
     while sum(1 for _ in read_manifest(tmp_path)) < 4:
         assert running.poll() is None and time.monotonic() < until
@@ -60,12 +60,12 @@ def test_a_rank_that_is_killed_and_started_again(tmp_path, alone):
     with (tmp_path / MANIFEST).open("a") as manifest:  # killed in the middle of a line
         manifest.write('{"model":"emoji64","poli')
     drawn = {line.number: (tmp_path / line.file).stat() for line in read_manifest(tmp_path)}
-    assert 0 < len(drawn) < 14
-    again = start(tmp_path, 14, 2)
+    assert 0 < len(drawn) < 10
+    again = start(tmp_path, 10, 2)
     assert again.wait(120) == 0
     assert pictures(tmp_path) == pictures(alone)
     numbers = Counter(line.number for line in read_manifest(tmp_path))
-    assert numbers == Counter(range(14)), "each once"
+    assert numbers == Counter(range(10)), "each once"
     for line in read_manifest(tmp_path):
         if line.number in drawn:
             now = (tmp_path / line.file).stat()

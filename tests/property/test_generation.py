@@ -32,7 +32,7 @@ SLICES = {  # tokens that are worked on at a time, wherever the name was importe
 }
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(
     case=cases(),
     generations=st.integers(1, 2),

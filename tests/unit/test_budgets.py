@@ -36,7 +36,7 @@ def made_with(model, options, budget, page_size, rows=2):
     [
         ("scalekv", "int4"),
         ("centroid", "int4"),
-        ("ams_kv", None),
+        pytest.param("ams_kv", None, marks=pytest.mark.full),
         pytest.param("scalekv", None, marks=pytest.mark.full),
         pytest.param("centroid", None, marks=pytest.mark.full),
         pytest.param("ams_kv", "int4", marks=pytest.mark.full),
