@@ -1,5 +1,8 @@
 """P3: what the runtime allocates is what it planned, measured by the profiler."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -134,3 +137,17 @@ def test_allocations_are_in_order_and_end():
     assert max(size for _, size, _ in changes) < 2**20
     assert sum(size for _, size, _ in changes) == 0, "all of it is given back"
     assert peak_allocated_bytes(lambda: torch.empty(2**20)) == 0
+
+
+def test_the_limits_of_the_process_count_as_memory_that_is_not_free():
+    """ulimit -d and -v, in a process that has them."""
+    code = (
+        "import resource, torch; from kvruntime.storage.memory import free_bytes\n"
+        "cpu = torch.device('cpu'); before = free_bytes(cpu); print(before)\n"
+        "import psutil; used = psutil.Process().memory_info()\n"
+        "limit = used.data + 10**8\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)); print(free_bytes(cpu))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 2 * 10**8 and 0.8 * 10**8 < after <= 10**8, done.stderr
