@@ -31,7 +31,8 @@ format: .venv/installed ## ruff's fixes and layout
 docs: .venv/installed ## the site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q -d site
 
-dist: .venv/installed ## wheel and sdist, checked, into dist/
+dist: .venv/runs ## wheel and sdist, checked, into dist/
+	@$(PIP) -e '.[release]'
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
