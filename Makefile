@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -q --no-input --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
 # two processes of one thread: threads of one would spin in the way of the other
 WORKERS := OMP_NUM_THREADS=1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +78,8 @@ def _trio(
     console = Console()
     print_trio(ours.bytes.own, seconds, drawn, console)
     _tell(names, console)
-    console.print(f"kvruntime report {out / 'RUN.json'} makes a page of it", soft_wrap=True)
+    command = sys.argv[0] if Path(sys.argv[0]).name == "kvruntime" else "kvruntime"
+    console.print(f"{command} report {out / 'RUN.json'} makes a page of it", soft_wrap=True)
 
 
 def _everything(
