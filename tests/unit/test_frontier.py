@@ -116,6 +116,7 @@ def test_every_policy_at_every_share_and_other_classes_than_calibration():
     assert set(evaluation_labels(50).tolist()) == set(range(1, len(load_classes()), 2))
 
 
+@pytest.mark.full
 def test_it_goes_on_from_what_is_done(tmp_path):
     """One point in a process of its own; the next call draws nothing again."""
     work = tmp_path / "work"

@@ -94,7 +94,9 @@ def test_no_step_allocates_more_than_it_declares(policy, kv_dtype, layout, head_
             assert peak <= declared, f"scale {scale}, {shape.kind}"
 
 
-@pytest.mark.parametrize("policy", ["full", "scalekv", "centroid"])
+@pytest.mark.parametrize(
+    "policy", ["full", "scalekv", pytest.param("centroid", marks=pytest.mark.full)]
+)
 def test_pictures_of_the_bundled_model(policy):
     model = load_model(torch.bfloat16)
     labels = torch.arange(2)

@@ -71,6 +71,8 @@ def test_import_is_quick():
             for name in ("kvruntime", "torch")
         )
         shares.append(ours / torchs)
+        if shares[-1] < 0.27:
+            return
     assert min(shares) < 0.27, shares
 
 
