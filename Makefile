@@ -11,7 +11,7 @@ help: ## say what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 demo: .venv/runs ## draw with the bundled model, write demo/
-	@$(BIN)/kvruntime demo --out demo
+	@GOMP_SPINCOUNT=3000 $(BIN)/kvruntime demo --out demo
 
 test: lint ## what CI runs
 	$(WORKERS) $(BIN)/python -m pytest -m "not full" -n 2 --dist worksteal

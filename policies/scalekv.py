@@ -81,7 +81,9 @@ class ScaleKV:
             problem.geometry.layers,
         )
         if budget < self.window:
-            raise ValueError(f"budget {budget} is below the window of {self.window} tokens")
+            raise ValueError(
+                f"budget {budget} is below the window of {self.window} tokens: give as many or more"
+            )
         if any(not 0 <= layer < layers for roles in self.drafters for layer in roles):
             raise ValueError(f"a drafter is not one of the {layers} layers of this model")
         tokens = np.zeros((len(schedule), layers), dtype=np.int64)

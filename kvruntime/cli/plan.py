@@ -60,7 +60,7 @@ def plan_command(
         int | None, typer.Option(help="2 with guidance, 1 without.")
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="All policies and formats side by side.")
+        bool, typer.Option("--compare", help="Policies at 10 %, and some formats, side by side.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="The comparison as a picture.")] = None,
     key_dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPE_BYTES)}.")] = None,
@@ -86,6 +86,11 @@ def plan_command(
             known = replace(known, rows_per_picture=rows_per_picture)
         room = room_of(known, card, memory, _reserved_bytes(reserved), running, text_encoder)
         if compare or plot is not None:
+            if (policy, budget, kv_dtype, batch) != ("scalekv", "0.10", None, 1):
+                raise ValueError(
+                    "--compare and --plot have policies, budgets and formats of their own: leave "
+                    "out --policy, --budget, --kv-dtype and --batch"
+                )
             _compare(known, room, plot, as_json)
             return
         options = CacheOptions(

@@ -18,7 +18,8 @@ WAYS: tuple[tuple[str, str, float | str, str | None], ...] = (
     ("ams_kv 10 %", "ams_kv", 0.10, None),
     ("scalekv 10 %", "scalekv", 0.10, None),
     ("scalekv 10 %, int4", "scalekv", 0.10, "int4"),
-    ("h2o 10 %", "h2o", 0.10, None),
+    *((f"{name} 10 %", name, 0.10, None) for name in ("h2o", "snapkv", "pyramidkv", "hack")),
+    ("streaming_llm 10 %", "streaming_llm", 0.10, None),
     ("centroid 10 %", "centroid", 0.10, None),
     ("centroid 2 %, int4", "centroid", "2%", "int4"),
 )

@@ -106,7 +106,7 @@ def make_plan(
         raise WillNeverFit(
             least.page_bytes,
             most,
-            f"{policy.name} keeps up to {least.tokens.max()} tokens of a lane at the least, in "
+            f"{policy.name} cannot keep fewer than {least.tokens.max()} tokens of a lane, in "
             f"pages of {least.page_size}: raise the budget, or ask for a kv_dtype or smaller pages",
         )
     return replace(_best_of(fitting), rows_by_scale=planned, own=own)

@@ -16,6 +16,7 @@ SCALE_COLOURS = 7  # in the style sheet: .scale-0 to .scale-6
 _KL_TICKS = (1e-4, 1e-3, 1e-2, 1e-1, 1)
 _SHARE_TICKS = (0.01, 0.02, 0.04, 0.1, 0.2, 0.4)
 _OURS = ("centroid", "centroid_by_head")
+_NAMED = ("centroid", "h2o", "scalekv", "hackpp")  # the lines that have room for their names
 
 
 class Curve(NamedTuple):
@@ -63,7 +64,9 @@ def frontier_chart(points: Sequence[dict[str, Any]], run: Run, height: int = 380
     for tick in _SHARE_TICKS:
         parts.append(_line("grid", x_of(tick), TOP, x_of(tick), height - BOTTOM))
         parts.append(_text(x_of(tick), height - BOTTOM + 14, f"{100 * tick:g} %", "middle"))
-    parts.append(_text(_x(0.5), height - 4, "bytes held, of the whole history", "middle"))
+    parts.append(
+        _text(_x(0.5), height - 4, "bytes held, of the whole history in bfloat16", "middle")
+    )
     lines: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for point in points:
         lines.setdefault((point["policy"], point["kv_dtype"]), []).append(point)
@@ -76,6 +79,10 @@ def frontier_chart(points: Sequence[dict[str, Any]], run: Run, height: int = 380
                 f'<path class="curve {kind}" d="M{" ".join(places)}"><title>{title}</title></path>'
             )
         )
+        if kv_dtype is None and policy in _NAMED:
+            first = min(some, key=lambda one: float(one["bytes_share"]))
+            at = x_of(first["bytes_share"]), y_of(first["kl"])
+            parts.append(_text(at[0] - 6, at[1] + 4, policy, "end"))
     if run.quality is not None and run.quality.kl:
         x, y = x_of(min(0.5, max(0.009, run.history_share))), y_of(run.quality.kl)
         parts.append(Markup(f'<circle class="here" cx="{x:.1f}" cy="{y:.1f}" r="7"/>'))

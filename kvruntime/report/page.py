@@ -53,8 +53,8 @@ def headline(run: Run) -> str:
     pages = run.kv_dtype or "exact"
     return (
         f"{run.pictures_drawn} pictures with {run.policy} in {pages} pages: "
-        f"{in_units(run.bytes.pages)} where the model's own cache takes {in_units(run.bytes.own)}, "
-        f"{run.bytes.own / max(1, run.bytes.pages):.1f} times as much."
+        f"{in_units(run.bytes.pages)} of pages, and {in_units(run.bytes.workspace)} to work in, "
+        f"where the model's own cache takes {in_units(run.bytes.own)}."
     )
 
 
