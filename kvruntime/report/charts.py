@@ -82,7 +82,7 @@ def frontier_chart(points: Sequence[dict[str, Any]], run: Run, height: int = 380
         if kv_dtype is None and policy in _NAMED:
             first = min(some, key=lambda one: float(one["bytes_share"]))
             at = x_of(first["bytes_share"]), y_of(first["kl"])
-            parts.append(_text(at[0] - 6, at[1] + 4, policy, "end"))
+            parts.append(_text(at[0] + 4, at[1] - 6, policy, "start"))
     if run.quality is not None and run.quality.kl:
         x, y = x_of(min(0.5, max(0.009, run.history_share))), y_of(run.quality.kl)
         parts.append(Markup(f'<circle class="here" cx="{x:.1f}" cy="{y:.1f}" r="7"/>'))
