@@ -54,7 +54,7 @@ def test_h04_a_cache_that_cannot_be_made_again_is_not_needed_on_the_way_out(
     assert every_attribute(tiny_model) == before
 
 
-@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize("is_open", [pytest.param(True, marks=pytest.mark.full), False])
 def test_h17_an_interrupt_anywhere_on_the_way_out_leaves_the_model_patched(tiny_model, is_open):
     """At every line that runs between the end of the block and its last word."""
     before = every_attribute(tiny_model)

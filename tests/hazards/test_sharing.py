@@ -127,7 +127,7 @@ class Visitor:
         return self._line
 
 
-@pytest.mark.parametrize("what", ["stats", "close"])
+@pytest.mark.parametrize("what", [pytest.param("stats", marks=pytest.mark.full), "close"])
 def test_h25_a_signal_handler_anywhere_in_a_step(what):
     """It asked for numbers, or closed another generation, in the middle of an exchange: the
     allocator was rebuilt from tables that were about to change, and two lanes got one page.

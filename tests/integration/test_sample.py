@@ -44,6 +44,7 @@ def pictures(out):
     return {path.name: path.read_bytes() for path in out.glob("*.png")}
 
 
+@pytest.mark.full
 def test_a_rank_that_is_killed_and_started_again(tmp_path, alone):
     running = start(tmp_path, 10, 2)
     until = time.monotonic() + 120

@@ -113,7 +113,7 @@ def first_scales(model, labels, count, fed=None):
 @pytest.mark.parametrize(
     ("scales", "policy", "options"),
     [
-        (4, "full", {"paged_queries": 8}),
+        pytest.param(4, "full", {"paged_queries": 8}, marks=pytest.mark.full),
         pytest.param(
             4,
             "centroid",

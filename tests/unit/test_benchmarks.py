@@ -213,6 +213,7 @@ def test_a_soak_finds_what_is_not_as_alone(call, monkeypatch):
     assert "not as alone" in str(call("soak", "--generations", "40", code=1).exception)
 
 
+@pytest.mark.full
 def test_fleet(call, monkeypatch, tmp_path):
     kept = {"scalekv 10 %": ("scalekv", 0.1, None)}
     monkeypatch.setattr(fleet, "POLICIES", kept | {"full": ("full", 1.0, None)})

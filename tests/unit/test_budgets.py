@@ -121,7 +121,10 @@ def test_pages_of_a_pool_that_is_there():
 
 
 def test_refused_with_numbers_where_the_smallest_allocation_does_not_fit():
-    for policy, words in (("full", "full keeps up to 91"), ("scalekv", "scalekv keeps up to 16")):
+    for policy, words in (
+        ("full", "full cannot keep fewer than 91"),
+        ("scalekv", "scalekv cannot keep fewer than 16"),
+    ):
         with pytest.raises(
             WillNeverFit, match=rf"{words} tokens of a lane .* raise the bud"
         ) as caught:

@@ -89,7 +89,7 @@ def test_a_budget_in_bytes_that_is_too_small_exits_with_3():
     result = run(*"plan infinity-2b --budget 1KiB --json".split())
     assert result.exit_code == 3 and result.stdout == ""
     assert "not enough memory" in result.stderr and "1024 allowed" in result.stderr
-    assert "scalekv keeps up to 16 tokens" in result.stderr
+    assert "scalekv cannot keep fewer than 16 tokens" in result.stderr
 
 
 def test_a_budget_beyond_everything_keeps_everything():
@@ -216,7 +216,8 @@ def test_demo_into_a_folder_that_is_in_the_way(tmp_path):
     assert result.exit_code == 2 and "file" in result.stderr
 
 
-@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.full)])
+@pytest.mark.full  # tests/hazards/test_files.py tries the same
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_closed_or_full_stdout_is_one_line_on_stderr(unbuffered):
     """Also where Python writes only when the command is done."""
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}

@@ -96,7 +96,11 @@ def few_formats(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "count"), [("float32", 1), pytest.param("bfloat16", 2, marks=pytest.mark.full)]
+    ("dtype", "count"),
+    [
+        pytest.param("float32", 1, marks=pytest.mark.full),
+        pytest.param("bfloat16", 2, marks=pytest.mark.full),
+    ],
 )
 def test_demo_of_everything(tmp_path, few_formats, dtype, count):
     report = everything(tmp_path, "--count", str(count), "--dtype", dtype)

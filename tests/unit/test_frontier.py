@@ -63,7 +63,7 @@ def test_a_point(drawn):
         assert all(0 < value < 1 for value in result["kl"]) and 0 < result["attention_error"] < 1
         assert len(result["psnr"]) == len(result["ssim"]) == 2
     refused = drawn[Point("scalekv", None, "1%")]
-    assert "the least" in refused["refused"] and refused["policy"] == "scalekv"
+    assert "cannot keep fewer" in refused["refused"] and refused["policy"] == "scalekv"
 
 
 def test_float32_counts_pages_as_bfloat16_ones(drawn, tmp_path, monkeypatch):

@@ -88,6 +88,7 @@ def test_a_kernel_that_does_not_compile_is_an_error():
     assert error and not kernels
 
 
+@pytest.mark.full
 def test_a_triton_without_block_pointers_is_named(tmp_path):
     """As triton 3.9 is: the names that the kernel uses are gone."""
     done = compile_with("import triton.language as tl\ndel tl.make_block_ptr", tmp_path)

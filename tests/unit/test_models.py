@@ -109,7 +109,7 @@ print(loaded.vae.weight.tolist(), loaded.model.weight.tolist(), loaded.model.ini
             "which is not installed: pip install flash-attn, or build(..., stand_ins=True)",
         ),
         ("import flash_attn", True, ""),
-        ("from timm.models.layers import DropPath, drop_path", True, ""),
+        pytest.param("from timm.models.layers import DropPath, drop_path", True, "", marks=FULL),
         pytest.param("from timm.loss import SoftTargetCrossEntropy", True, "", marks=FULL),
         pytest.param("from torchvision import transforms", True, "", marks=FULL),
         pytest.param("from huggingface_hub import PyTorchModelHubMixin", True, "", marks=FULL),
