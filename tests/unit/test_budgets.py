@@ -126,7 +126,7 @@ def test_refused_with_numbers_where_the_smallest_allocation_does_not_fit():
         ("scalekv", "scalekv cannot keep fewer than 16"),
     ):
         with pytest.raises(
-            WillNeverFit, match=rf"{words} tokens of a lane .* raise the bud"
+            WillNeverFit, match=rf"{words} tokens of a lane, .* raise the bud"
         ) as caught:
             make(policy, "100B")
         assert caught.value.needed > caught.value.total == 100
