@@ -99,7 +99,8 @@ def _draw(name: str, pictures: int, growth: int) -> dict[str, Any]:
             model.generate(labels)
             pages, workspace = attached.stats.page_bytes, attached.stats.workspace_bytes
     status = Path("/proc/self/status").read_text()  # getrusage remembers what forked it
-    most = 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
+    (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", status)
+    most = 1024 * int(kilobytes)
     known = {
         "libraries": libraries,
         "weights": weights,

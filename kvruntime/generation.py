@@ -185,9 +185,7 @@ class Generation:
         shared = (self._runner, self._workspaces, self._facts, self._on_close)
         twin = Generation(*shared, ticket, self._scale)
         try:
-            with (
-                self._runner.pool.changing()
-            ):  # it knows the twin's tables, should this end half way
+            with self._runner.pool.changing():  # it knows the twin's tables, however this ends
                 for index, table in enumerate(self._tables):
                     twin._tables[index] = table.share()
             twin._tally = self._tally.forked()

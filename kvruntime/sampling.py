@@ -8,18 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from kvruntime.adapters import attach
-from kvruntime.extras import extra
 from kvruntime.models import Built
-from kvruntime.report.capture import Capture, picture_of
+from kvruntime.report.capture import Capture, image_of, picture_of
 from kvruntime.report.record import save_run
-
-with extra("cli"):
-    from PIL import Image
 
 MANIFEST, RUN = "manifest.jsonl", "RUN.json"
 _PICTURES_IN_RUN = 16
@@ -192,8 +187,7 @@ def tidy(out: Path) -> None:
 
 def _save(picture: Tensor, path: Path, beside: Path) -> None:
     """A PNG of [3, height, width] in [0, 1], under its name only when it is whole."""
-    levels = (255 * picture.float().clamp(0, 1)).round().to(torch.uint8)
-    Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(beside, "png")
+    image_of(picture).save(beside, "png")
     os.replace(beside, path)
 
 

@@ -14,6 +14,7 @@ from kvruntime.catalogue import VAR_256
 from kvruntime.demo.compare import demo_labels
 from kvruntime.extras import extra
 from kvruntime.reference import load_model
+from kvruntime.report.capture import image_of
 from kvruntime.sizes import check_positive
 
 with extra("cli"):
@@ -83,7 +84,5 @@ def check_out(path: Path) -> None:
 def save_grid(pictures: Tensor, path: Path) -> None:
     """A PNG of pictures [rows, columns, 3, height, width] in [0, 1]."""
     rows, columns, _, height, width = pictures.shape
-    grid = pictures.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
-    levels = (255 * grid.clamp(0, 1)).round().to(torch.uint8)
-    image = Image.fromarray(levels.cpu().numpy())
+    image = image_of(pictures.permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width))
     image.resize((_ENLARGED * image.width, _ENLARGED * image.height), 0).save(path)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvruntime.catalogue import Model
-from kvruntime.errors import WillNeverFit
 from kvruntime.options import CacheOptions
 from kvruntime.planning import planner
 from kvruntime.planning.demand import Plan
-from kvruntime.sizes import largest
+from kvruntime.planning.rows import most_that_fit
 
 WAYS: tuple[tuple[str, str, float | str, str | None], ...] = (
     ("full", "full", 1.0, None),
@@ -44,17 +43,7 @@ class Way:
 
 def most_pictures(needs: Callable[[int], int], room: int) -> int:
     """The most that fit, of ``needs(pictures)`` bytes, up to MOST_PICTURES; 0 if not one does."""
-
-    def fits(pictures: int) -> bool:
-        try:
-            return needs(pictures) <= room
-        except WillNeverFit:
-            return False
-
-    beyond = 1
-    while beyond <= MOST_PICTURES and fits(beyond):
-        beyond *= 2
-    return largest(fits, beyond // 2, min(beyond, MOST_PICTURES + 1))
+    return most_that_fit(needs, room, MOST_PICTURES)
 
 
 def compare_ways(model: Model, room: int, running_bytes: int = 0) -> list[Way]:

@@ -51,17 +51,28 @@ def require(
 def _most(plan_for: Callable[[int], Plan], room: int, most: int, looks_ahead: bool) -> int:
     """The most rows, up to ``most``, whose plan takes at most ``room`` bytes; 0 if none does."""
 
-    def fits(rows: int) -> bool:
-        try:
-            return plan_for(rows).total_bytes <= room
-        except WillNeverFit:
-            return False
+    def needs(rows: int) -> int:
+        return plan_for(rows).total_bytes
 
-    beyond = 1
-    while beyond <= most and fits(beyond):
-        beyond *= 2
-    found = largest(fits, beyond // 2, min(beyond, most + 1))
+    found = most_that_fit(needs, room, most)
     if looks_ahead:  # one more row may need less, where rows go through a step in chunks
         ahead = range(found + 1, min(found + _AHEAD, most) + 1)
-        found = max((rows for rows in ahead if fits(rows)), default=found)
+        found = max((rows for rows in ahead if _fits(needs, rows, room)), default=found)
     return found
+
+
+def most_that_fit(needs: Callable[[int], int], room: int, most: int) -> int:
+    """The most, up to ``most``, that fit, of ``needs(count)`` bytes; 0 if not one does. By doubling
+    and bisection; what ``needs`` refuses with WillNeverFit does not fit.
+    """
+    beyond = 1
+    while beyond <= most and _fits(needs, beyond, room):
+        beyond *= 2
+    return largest(lambda count: _fits(needs, count, room), beyond // 2, min(beyond, most + 1))
+
+
+def _fits(needs: Callable[[int], int], count: int, room: int) -> bool:
+    try:
+        return needs(count) <= room
+    except WillNeverFit:
+        return False

@@ -167,9 +167,14 @@ def picture_of(title: str, drawn: Tensor, own: Tensor | None = None) -> Picture:
     )
 
 
-def _encoded(picture: Tensor, kind: str) -> str:
+def image_of(picture: Tensor) -> Image.Image:
+    """Of numbers [3, height, width] in [0, 1]."""
     levels = (255 * picture.float().clamp(0, 1)).round().to(torch.uint8)
-    image = Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def _encoded(picture: Tensor, kind: str) -> str:
+    image = image_of(picture)
     image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
     file = io.BytesIO()
     image.save(file, kind, quality=85)
